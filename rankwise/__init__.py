@@ -1,0 +1,55 @@
+"""rankwise: learned-rank SVD compression of language models, and a runtime for the result.
+
+The names below load on first use, so ``import rankwise`` needs neither a GPU nor Triton and costs
+almost nothing. Importing the package also teaches transformers to open rankwise checkpoints.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rankwise.engine.doors.lazy import register_with_transformers
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CompressConfig": "rankwise.config",
+    "TextConfig": "rankwise.config",
+    "RankwiseError": "rankwise.errors",
+    "LayerSpec": "rankwise.plan",
+    "RankPlan": "rankwise.plan",
+    "Uniform": "rankwise.alloc.methods.uniform",
+    "Global": "rankwise.alloc.methods.lagrange",
+    "allocate": "rankwise.compress",
+    "compress": "rankwise.compress",
+    "load_model": "rankwise.zoo",
+    "perplexity": "rankwise.evaluate",
+    "save": "rankwise.engine.checkpoint",
+}
+__all__ = sorted([*_HOME, "__version__"])
+
+if TYPE_CHECKING:
+    from rankwise.alloc.methods.lagrange import Global as Global
+    from rankwise.alloc.methods.uniform import Uniform as Uniform
+    from rankwise.compress import allocate as allocate
+    from rankwise.compress import compress as compress
+    from rankwise.config import CompressConfig as CompressConfig
+    from rankwise.config import TextConfig as TextConfig
+    from rankwise.engine.checkpoint import save as save
+    from rankwise.errors import RankwiseError as RankwiseError
+    from rankwise.evaluate import perplexity as perplexity
+    from rankwise.plan import LayerSpec as LayerSpec
+    from rankwise.plan import RankPlan as RankPlan
+    from rankwise.zoo import load_model as load_model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_with_transformers()

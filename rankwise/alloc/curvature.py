@@ -1,0 +1,267 @@
+"""Second moments of every linear layer's inputs and output gradients, streamed block by block.
+
+For a layer `y = W x`, with `W [m, n]`, the curvature is `C = E[x xᵀ]` (`[n, n]`) and `F = E[g gᵀ]` (`[m, m]`), where g
+is the gradient at y of the window's summed negative log-likelihood under labels drawn from the model itself
+(the true Fisher). Together they are the K-FAC approximation of the loss's Hessian (1503.05671).
+
+The folder they are streamed to is the job's memory: killed anywhere, the next run continues with the first
+block whose file is missing, and computes the same bytes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from rankwise.alloc.moments import GradientSums, InputSums
+from rankwise.alloc.stream import BlockStream
+from rankwise.anatomy import block_linears, require_finite, weight_of
+from rankwise.errors import RankwiseError
+from rankwise.files import open_tensors, read_json, read_tensors, write_json, write_tensors
+from rankwise.progress import Track, silent
+
+FORMAT = 1
+INDEX = "curvature.json"
+
+
+class Curvature:
+    """A folder of second moments, complete or being filled."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.identity["blocks"])
+
+    @property
+    def has_outputs(self) -> bool:
+        """True if output-gradient moments are part of it."""
+        return all(self.file("outputs", i).exists() for i in range(self.blocks))
+
+    @property
+    def has_inputs(self) -> bool:
+        """True if the input moments of every block are there."""
+        return all(self.file("inputs", i).exists() for i in range(self.blocks))
+
+    @property
+    def on_the_way_back(self) -> bool:
+        """True if a backward sweep was begun and not finished."""
+        return any(self.folder.glob("grad_*.safetensors"))
+
+    def clean(self) -> None:
+        """Remove what only the sweeps needed."""
+        for what in ("hidden", "grad"):
+            for path in self.folder.glob(f"{what}_*.safetensors"):
+                path.unlink()
+
+    def file(self, what: str, index: int) -> Path:
+        """The file that holds `inputs`, `outputs`, `hidden` or `grad` of block `index`."""
+        return self.folder / f"{what}_{index:03d}.safetensors"
+
+    def inputs(self, index: int) -> dict[str, torch.Tensor]:
+        """Layer name to C `[n, n]` fp32; layers that read the same tensor share one matrix."""
+        path = self.file("inputs", index)
+        with open_tensors(path) as file:
+            groups = json.loads(file.metadata()["groups"])
+            moments = {leader: file.get_tensor(leader) for leader in set(groups.values())}
+        return {name: moments[leader] for name, leader in groups.items()}
+
+    def outputs(self, index: int) -> dict[str, torch.Tensor]:
+        """Layer name to F `[m, m]` fp32."""
+        return read_tensors(self.file("outputs", index))
+
+
+def identify(model: Any, windows: torch.Tensor, gradient_windows: torch.Tensor, seed: int) -> dict[str, Any]:
+    """What a curvature belongs to: model, text and options, as hashes and numbers."""
+    return {
+        "format": FORMAT,
+        "blocks": len(block_linears(model)),
+        "model": _model_hash(model),
+        "text": _hash(windows),
+        "gradient_text": _hash(gradient_windows),
+        "samples": len(windows),
+        "gradient_samples": len(gradient_windows),
+        "seq_len": windows.shape[1],
+        "seed": seed,
+    }
+
+
+def collect(
+    model: Any,
+    windows: torch.Tensor,
+    gradient_windows: torch.Tensor | None,
+    folder: Path,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    track: Track = silent,
+) -> Curvature:
+    """Measure the curvature of every linear layer, or finish or reuse what `folder` holds of it.
+
+    Args:
+        model: causal language model in host memory.
+        windows: `[N, T]` token ids for the input moments.
+        gradient_windows: `[M, T]` token ids for the output-gradient moments; None leaves those out.
+        folder: where the moments are, or will be.
+        device: where blocks compute.
+        seed: fixes the sampled labels.
+        track: progress.
+
+    Raises:
+        RankwiseError: the folder belongs to another model, text or seed; or NaN or Inf in weights or activations.
+    """
+    identity = identify(model, windows, windows[:0] if gradient_windows is None else gradient_windows, seed)
+    curvature = _claim(folder, identity)
+    linears = block_linears(model)
+    require_finite(linears)
+    need_outputs = gradient_windows is not None and not curvature.has_outputs
+    if not curvature.has_inputs or need_outputs:
+        stream = BlockStream(model, device, windows[:1])
+        try:
+            if not curvature.on_the_way_back:
+                _sweep_forward(stream, linears, windows, gradient_windows if need_outputs else None, curvature, track)
+            if need_outputs and gradient_windows is not None:
+                _sweep_backward(stream, linears, gradient_windows, curvature, seed, track)
+        finally:
+            stream.close()
+    curvature.clean()
+    return curvature
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> Curvature:
+    path = folder / INDEX
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise RankwiseError("curvature", f"{folder} (no {INDEX} in it)", "a curvature folder, or a new name")
+        write_json(path, identity)
+        return Curvature(folder, identity)
+    found = read_json(path)
+    one_sided = 0 in (identity["gradient_samples"], found.get("gradient_samples"))
+    skip = {"gradient_text", "gradient_samples", "seed"} if one_sided else set()
+    for key, value in identity.items():
+        if key not in skip and found.get(key) != value:
+            reason = f"{folder} was made with {key} {found.get(key)!r}, not {value!r}"
+            raise RankwiseError("curvature", reason, "use the same model, text, windows and seed, or a new folder")
+    if one_sided and identity["gradient_samples"]:
+        write_json(path, identity)  # input moments are there, output moments are to be added
+        return Curvature(folder, identity)
+    return Curvature(folder, found)
+
+
+def _sweep_forward(
+    stream: BlockStream,
+    linears: list[dict[str, nn.Module]],
+    windows: torch.Tensor,
+    gradient_windows: torch.Tensor | None,
+    curvature: Curvature,
+    track: Track,
+) -> None:
+    """Input moments of every block; the blocks' inputs on the gradient windows are kept for the way back."""
+    hidden = [] if curvature.has_inputs else [stream.embed(window[None]) for window in windows]
+    kept = [] if gradient_windows is None else [stream.embed(window[None]) for window in gradient_windows]
+    with track("input moments", len(stream)) as advance:
+        for index, layers in enumerate(linears):
+            _keep(kept, curvature.file("hidden", index))
+            done = curvature.file("inputs", index).exists()
+            sums = InputSums({} if done else layers)
+            with torch.no_grad(), stream.on_device(index), sums.listening():
+                for number, h in enumerate(hidden):
+                    sums.start_window()
+                    hidden[number] = stream.run(index, h.to(stream.device)).cpu()
+            if not done:
+                moments, groups = sums.finish(windows.numel())
+                write_tensors(curvature.file("inputs", index), moments, {"groups": json.dumps(groups, sort_keys=True)})
+            with torch.no_grad(), stream.on_device(index):
+                kept = [stream.run(index, h.to(stream.device)).cpu() for h in kept]
+            advance()
+    _keep(kept, curvature.file("hidden", len(stream)))
+
+
+def _keep(hidden: list[torch.Tensor], path: Path) -> None:
+    if hidden and not path.exists():
+        write_tensors(path, {"hidden": torch.cat(hidden)}, {})
+
+
+def _sweep_backward(
+    stream: BlockStream,
+    linears: list[dict[str, nn.Module]],
+    windows: torch.Tensor,
+    curvature: Curvature,
+    seed: int,
+    track: Track,
+) -> None:
+    """Output-gradient moments, last block first; each block's forward is recomputed from its kept input."""
+    last = len(stream)
+    with track("output-gradient moments", last + 1) as advance:
+        if not any(curvature.file("grad", i).exists() for i in range(last + 1)):
+            write_tensors(curvature.file("grad", last), {"grad": _head_gradients(stream, windows, curvature, seed)}, {})
+        advance()
+        for index in reversed(range(last)):
+            above, below = curvature.file("grad", index + 1), curvature.file("grad", index)
+            if above.exists() and not below.exists():
+                moments, grad = _block_gradients(stream, index, linears[index], curvature)
+                write_tensors(curvature.file("outputs", index), moments, {})
+                write_tensors(below, {"grad": grad}, {})
+            if below.exists():
+                above.unlink(missing_ok=True)
+            advance()
+
+
+def _head_gradients(stream: BlockStream, windows: torch.Tensor, curvature: Curvature, seed: int) -> torch.Tensor:
+    """Gradient at the last block's output, `[M, T, d]`, of the summed loss under labels drawn from the model."""
+    grads = []
+    for number, hidden in enumerate(_load(curvature.file("hidden", len(stream)), "hidden")):
+        leaf = hidden[None].to(stream.device).requires_grad_()
+        logits = stream.head(windows[number][None], leaf)[0].float()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        cross_entropy(logits, labels.to(stream.device), reduction="sum").backward()
+        grads.append(_require_grad(leaf, "the head"))
+    return torch.stack(grads)
+
+
+def _block_gradients(
+    stream: BlockStream, index: int, layers: dict[str, nn.Module], curvature: Curvature
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One block's F matrices, and the gradients `[M, T, d]` at its input."""
+    hidden = _load(curvature.file("hidden", index), "hidden")
+    above = _load(curvature.file("grad", index + 1), "grad")
+    sums = GradientSums(layers)
+    grads = []
+    with stream.on_device(index), sums.listening():
+        for h, g in zip(hidden, above, strict=True):
+            leaf = h[None].to(stream.device).requires_grad_()
+            stream.run(index, leaf).backward(g[None].to(stream.device))
+            grads.append(_require_grad(leaf, f"block {index}"))
+    return sums.finish(hidden.shape[0] * hidden.shape[1]), torch.stack(grads)
+
+
+def _require_grad(leaf: torch.Tensor, where: str) -> torch.Tensor:
+    if leaf.grad is None or not torch.isfinite(leaf.grad).all():
+        raise RankwiseError("gradients", f"NaN, Inf or none behind {where}", "try --dtype fp32 or bf16")
+    return leaf.grad[0].cpu()
+
+
+def _load(path: Path, key: str) -> torch.Tensor:
+    return read_tensors(path)[key].clone()  # aligned memory: the same sums as from a tensor just computed
+
+
+def _hash(windows: torch.Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+
+
+def _model_hash(model: Any) -> str:
+    """Names, shapes, dtype and a sample of every linear weight: another model, another hash, in well under a second."""
+    digest = hashlib.sha256()
+    for block in block_linears(model):
+        for name, linear in block.items():
+            weight = weight_of(linear)
+            sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)].float()
+            digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

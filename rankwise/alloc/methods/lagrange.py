@@ -1,0 +1,41 @@
+"""Global: one Lagrange multiplier over predicted loss against cost, all kinds of all layers competing."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from rankwise.alloc.budget import Choices, fill
+from rankwise.alloc.methods.base import Method
+
+STEPS = 200  # halvings of the multiplier's range; far beyond what fp64 can tell apart
+
+
+@dataclass(frozen=True)
+class Global(Method):
+    """Minimise `Σ loss + λ Σ cost`, each layer by itself, and search the λ that meets the budget.
+
+    Each λ gives a point of the lower convex hull of (cost, loss); the budget left below the hull is filled with
+    the best steps that fit. Closed form, no training.
+    """
+
+    name: ClassVar[str] = "global"
+    default_sides: ClassVar[str] = "two"
+
+    def _pick(self, choices: dict[str, Choices], target: float) -> dict[str, int]:
+        low, high = -80.0, 80.0  # log λ: all that may be dense, all as small as may be
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            if _cost(choices, _minimise(choices, np.exp(middle))) <= target:
+                high = middle
+            else:
+                low = middle
+        return fill(choices, _minimise(choices, np.exp(high)), target)
+
+
+def _minimise(choices: dict[str, Choices], multiplier: float) -> dict[str, int]:
+    return {name: int(np.argmin(entry.loss + multiplier * entry.cost)) for name, entry in choices.items()}
+
+
+def _cost(choices: dict[str, Choices], picked: dict[str, int]) -> int:
+    return sum(int(choices[name].cost[i]) for name, i in picked.items())

@@ -1,0 +1,92 @@
+"""Factors of all layers on disk: made once, block by block, then read at any rank."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rankwise.alloc.curvature import Curvature
+from rankwise.alloc.factors import factorize
+from rankwise.anatomy import block_linears, features, weight_of
+from rankwise.errors import RankwiseError
+from rankwise.files import open_tensors, write_tensors
+from rankwise.progress import Track, silent
+
+
+class FactorStore:
+    """Full-rank factors of every linear layer, one safetensors file a block.
+
+    Args:
+        folder: where the files are, or will be.
+        layers: per block, layer name to (out, in).
+    """
+
+    def __init__(self, folder: Path, layers: list[dict[str, tuple[int, int]]]) -> None:
+        self.folder, self.layers = folder, layers
+        self._block = {name: index for index, block in enumerate(layers) for name in block}
+        self._energies: dict[str, np.ndarray] = {}
+        self.keep_alive: Any = None  # a temporary folder that must outlive the store
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer name to (out, in), in model order."""
+        return {name: shape for block in self.layers for name, shape in block.items()}
+
+    @property
+    def energies(self) -> dict[str, np.ndarray]:
+        """Layer name to `[r]` fp64 squared singular values in the metric."""
+        if not self._energies:
+            for index, block in enumerate(self.layers):
+                with open_tensors(self.file(index)) as file:
+                    self._energies.update({name: file.get_tensor(f"{name}.energy").numpy() for name in block})
+        return self._energies
+
+    def file(self, index: int) -> Path:
+        """The file of block `index`."""
+        return self.folder / f"factors_{index:03d}.safetensors"
+
+    def load(self, name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best rank-k pair of a layer: u `[m, k]` and v `[k, n]`, fp32."""
+        with open_tensors(self.file(self._block[name])) as file:
+            u, v = file.get_slice(f"{name}.u"), file.get_slice(f"{name}.v")
+            return u[:, :rank].contiguous(), v[:rank].contiguous()
+
+
+def factorize_model(
+    model: Any,
+    curvature: Curvature,
+    folder: Path,
+    *,
+    two_sided: bool,
+    device: torch.device,
+    track: Track = silent,
+) -> FactorStore:
+    """Factor every linear layer, or finish what `folder` holds of it; one block's curvature in memory at a time.
+
+    Raises:
+        RankwiseError: output-gradient moments are asked for and missing, or a matrix is unusable.
+    """
+    linears = block_linears(model)
+    store = FactorStore(folder, [{name: features(m) for name, m in block.items()} for block in linears])
+    if two_sided and not curvature.has_outputs:
+        raise RankwiseError("curvature", str(curvature.folder), "it has no output-gradient moments; use --sides one")
+    with track("factors", len(linears)) as advance:
+        for index, block in enumerate(linears):
+            if not store.file(index).exists():
+                inputs = curvature.inputs(index)
+                outputs = curvature.outputs(index) if two_sided else {}
+                tensors: dict[str, torch.Tensor] = {}
+                for name, linear in block.items():
+                    try:
+                        factors = factorize(weight_of(linear).to(device), inputs[name], outputs.get(name))
+                    except RankwiseError as error:
+                        raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
+                    tensors |= {
+                        f"{name}.u": factors.u,
+                        f"{name}.v": factors.v,
+                        f"{name}.energy": factors.energy,
+                    }
+                write_tensors(store.file(index), tensors, {})
+            advance()
+    return store

@@ -1,0 +1,132 @@
+"""Run a causal language model one decoder block at a time.
+
+The model stays in host memory; one block visits the device. What a block is called with besides the hidden
+states (rotary angles, masks, positions) is recorded once from the model's own forward, so every
+architecture that passes hidden states from block to block works without special cases.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.anatomy import decoder_blocks
+
+Forward = Callable[..., Any]
+
+
+class _Stop(Exception):
+    """Ends a forward once the first block has been reached."""
+
+
+class BlockStream:
+    """A model cut into embedding, blocks and head.
+
+    Args:
+        model: a causal language model in host memory, eval mode.
+        device: where blocks compute.
+        window: `[1, T]` token ids of the length that all later windows have.
+    """
+
+    def __init__(self, model: Any, device: torch.device, window: torch.Tensor) -> None:
+        self.model, self.device = model, device
+        _, self.blocks = decoder_blocks(model)
+        self._move_frame(device)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._as_tuple = False
+        self._record(window)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def close(self) -> None:
+        """Bring the embedding and the head back to host memory."""
+        self._move_frame(torch.device("cpu"))
+
+    @torch.no_grad()
+    def embed(self, window: torch.Tensor) -> torch.Tensor:
+        """`[1, T]` ids to the hidden states `[1, T, d]` that enter the first block, in host memory."""
+        caught: list[torch.Tensor] = []
+
+        def catch(*args: Any, **kwargs: Any) -> None:
+            caught.append(_hidden(args, kwargs)[0])
+            raise _Stop
+
+        with _forwards(self.blocks[:1], [catch]), suppress(_Stop):
+            self._call(window)
+        return caught[0].cpu()
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[nn.Module]:
+        """Block `index`, on the device while the context lasts."""
+        block = self.blocks[index].to(self.device)
+        try:
+            yield block
+        finally:
+            block.to("cpu")
+
+    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[1, T, d]` on the device through block `index` (inside `on_device`)."""
+        args, kwargs = self._calls[index]
+        out = self.blocks[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def head(self, window: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[1, T, vocab]` from the last block's output, by the model's own final norm and head."""
+
+        def inject(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._as_tuple else hidden
+
+        with _forwards(self.blocks, [inject] * len(self.blocks)):
+            return self._call(window).logits
+
+    def _call(self, window: torch.Tensor) -> Any:
+        return self.model(input_ids=window.to(self.device), use_cache=False)
+
+    @torch.no_grad()
+    def _record(self, window: torch.Tensor) -> None:
+        original = self.blocks[0].forward
+
+        def recorder(index: int) -> Forward:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                hidden, rest, named = _hidden(args, kwargs)
+                self._calls.append((rest, named))
+                if index == 0:
+                    with self.on_device(0):
+                        self._as_tuple = isinstance(original(*args, **kwargs), tuple)
+                return (hidden,) if self._as_tuple else hidden
+
+            return record
+
+        with _forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
+            self._call(window)
+
+    def _move_frame(self, device: torch.device) -> None:
+        inside = {id(module) for module in self.blocks.modules()}
+        for module in self.model.modules():
+            if id(module) in inside:
+                continue
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Split a block's call into the hidden states and the rest."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+@contextmanager
+def _forwards(blocks: Sequence[nn.Module] | nn.ModuleList, forwards: Sequence[Forward]) -> Iterator[None]:
+    """Replace the blocks' forward methods while the context lasts."""
+    with ExitStack() as undo:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+            undo.callback(block.__dict__.pop, "forward")
+        yield

@@ -1,0 +1,200 @@
+"""The command line. Every command imports its work when it runs, so that `--help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.errors import RankwiseError
+
+app = typer.Typer(
+    name="rankwise",
+    help="Compress a language model by SVD with ranks chosen under a budget, and run the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or embedded:smollm2-135m.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder written by `rankwise compress`.")]
+Against = Annotated[str | None, typer.Option(help="A second model to set beside it, usually the original.")]
+Text = Annotated[str, typer.Option(help="Text to evaluate on: .txt, .jsonl, embedded:python-docs-test, wikitext2, c4.")]
+Windows = Annotated[int, typer.Option(help="Windows of text, from its start.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens a window.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), bf16, fp16 or fp32.")]
+Seed = Annotated[int, typer.Option(help="Fixes everything drawn at random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the only line of stdout.")]
+TEST_TEXT = "embedded:python-docs-test"
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
+    ratio: Annotated[float, typer.Option(help="Share of the linear layers' parameters to keep.")] = 0.8,
+    method: Annotated[str, typer.Option(help="global or uniform.")] = "global",
+    kinds: Annotated[str, typer.Option(help="What a layer may become.")] = "dense,lowrank,pivot",
+    sides: Annotated[str | None, typer.Option(help="Metric of the factors: one or two; default: the method's.")] = None,
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    tolerance: Annotated[float, typer.Option(help="Largest relative miss of --ratio.")] = 0.001,
+    calibration: Annotated[
+        str, typer.Option(help="Text: .txt, .jsonl, embedded:python-docs, wikitext2, c4.")
+    ] = "embedded:python-docs",
+    samples: Annotated[int, typer.Option(help="Windows for the second moments of inputs.")] = 64,
+    gradient_samples: Annotated[int, typer.Option(help="Windows for those of output gradients.")] = 24,
+    measure: Annotated[int, typer.Option(help="Held-out windows for perplexity before and after; 0: none.")] = 4,
+    seq_len: SeqLen = 1024,
+    shuffle: Annotated[bool, typer.Option(help="Draw the windows from all over the text, as --seed says.")] = False,
+    curvature: Annotated[Path | None, typer.Option(help="Folder of second moments to reuse, or to fill.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Carry out this plan.json instead of allocating ranks.")] = None,
+    restart: Annotated[bool, typer.Option(help="Throw away unfinished work instead of continuing it.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose ranks under a budget and write a smaller checkpoint. Interrupted, the same command continues."""
+    from rankwise import commands
+    from rankwise.alloc.methods import method_by_name
+    from rankwise.config import CompressConfig, TextConfig
+
+    options = method_by_name(method)(ratio, tuple(kinds.split(",")), rank_multiple, tolerance, sides)
+    text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed)
+    commands.compress(CompressConfig(model, out, options, text, device, dtype, curvature, plan, restart), as_json)
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    verify: Annotated[bool, typer.Option("--verify", help="Also compare the SHA-256 of every file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List kind, rank, parameters and bytes of every module; check shapes against the plan."""
+    from rankwise import commands
+
+    commands.inspect(checkpoint, verify, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    against: Against = None,
+    text: Text = TEST_TEXT,
+    windows: Windows = 16,
+    seq_len: SeqLen = 1024,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, of one model or of two side by side."""
+    from rankwise import commands
+
+    commands.evaluate([model, *([against] if against else [])], text, windows, seq_len, device, dtype, as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, printing tokens as they come."""
+    from rankwise import commands
+
+    commands.generate(model, prompt, max_tokens, temperature, top_p, chat, device, dtype, seed, as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    against: Against = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Decode steps a round.")] = 32,
+    batch: Annotated[int, typer.Option(help="Sequences side by side.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.")] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time prefill and decode, of one model or of two in turn."""
+    from rankwise import commands
+    from rankwise.bench import BenchConfig
+
+    models = [model, *([against] if against else [])]
+    commands.bench(models, BenchConfig(prompt, new_tokens, batch, rounds, device, dtype), as_json)
+
+
+@app.command()
+def report(
+    checkpoint: Checkpoint,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: CHECKPOINT-report.")] = None,
+    against: Against = None,
+    text: Text = TEST_TEXT,
+    windows: Windows = 16,
+    seq_len: SeqLen = 1024,
+    speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page: rank map, kept energy, perplexity, size, speed. Default --against: the original."""
+    from rankwise import commands
+
+    folder = out or checkpoint.with_name(f"{checkpoint.name}-report")
+    commands.report(checkpoint, folder, against, text, windows, seq_len, speed, device, dtype, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and report; must not exist.")] = Path("demo"),
+    ratio: Annotated[float, typer.Option(help="Share of the linear layers' parameters to keep.")] = 0.8,
+    as_json: Json = False,
+) -> None:
+    """Compress the embedded SmolLM2-135M, measure it against the original, write a report. No network."""
+    from rankwise import commands
+
+    commands.demo(out, ratio, as_json)
+
+
+def version(show: bool) -> None:
+    """Print the version and leave."""
+    if show:
+        from rankwise import __version__
+
+        typer.echo(f"rankwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that every command has."""
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; the console script's entry. Bad input is one line on stderr and exit code 2."""
+    try:
+        return app(arguments)
+    except RankwiseError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues where this one stopped\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""What the commands of the CLI do: call the library, print tables for people or JSON for scripts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise import bench as speed
+from rankwise import console
+from rankwise.compress import compress_to_folder
+from rankwise.config import CompressConfig, TextConfig, check, check_count
+from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
+from rankwise.engine.checkpoint import verify as verify_checkpoint
+from rankwise.errors import RankwiseError
+from rankwise.evaluate import perplexity
+from rankwise.plan import RankPlan
+from rankwise.progress import on_terminal
+from rankwise.text import read_text, take_windows, token_windows
+from rankwise.zoo import EMBEDDED, disk_bytes, load_model, model_dtype, quiet_transformers
+
+Row = dict[str, Any]
+quiet_transformers()
+
+
+def compress(config: CompressConfig, as_json: bool) -> None:
+    """`rankwise compress`."""
+    plan = compress_to_folder(config, track=on_terminal)
+    facts = {"out": str(config.out), "ratio": plan.ratio, "bytes": folder_bytes(config.out), **plan.counts()}
+    measured = plan.provenance.get("measured", {})
+    if measured:
+        facts |= {"perplexity": measured["compressed"], "dense_perplexity": measured["dense"]}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items() if count)
+    console.show(f"{config.out}: {plan.ratio:.2%} of the linear layers kept ({kinds}), {facts['bytes'] / 1e6:.1f} MB")
+    if measured:
+        windows = f"{measured['windows']} held-out windows of the calibration text"
+        console.show(f"perplexity {measured['dense']:.2f} → {measured['compressed']:.2f} on {windows}")
+    if as_json:
+        console.print_json(facts)
+
+
+def inspect(folder: Path, verify: bool, as_json: bool) -> None:
+    """`rankwise inspect`."""
+    hashed = verify_checkpoint(folder) if verify else None
+    plan, _ = open_checkpoint(folder)
+    size = folder_bytes(folder)
+    rows = [console.plan_row(name, plan) for name in plan.layers]
+    if as_json:
+        facts = {"ratio": plan.ratio, "bytes": size, "planned_bytes": plan.total_bytes, "verified_files": hashed}
+        console.print_json({**facts, "layers": rows, "provenance": plan.provenance})
+        return
+    console.plan_table(plan, str(folder))
+    planned = f", plan says {plan.total_bytes / 1e6:.1f} MB" if plan.other_bytes else ""
+    console.show(f"{plan.ratio:.2%} of the listed layers kept; {size / 1e6:.1f} MB on disk{planned}")
+    if hashed is not None:
+        console.show(f"verified: {hashed} files have the SHA-256 that SHA256SUMS lists; tensors and plan agree")
+
+
+def evaluate(
+    models: Sequence[str], text: str, windows: int, seq_len: int, device: str, dtype: str, as_json: bool
+) -> None:
+    """`rankwise eval`."""
+    rows = quality(models, text, windows, seq_len, device, dtype)
+    _print_models(rows, rows[0]["text"], as_json)
+
+
+def generate(
+    source: str,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    chat: bool,
+    device: str,
+    dtype: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """`rankwise generate`."""
+    from transformers import TextStreamer
+
+    check_count("max_tokens", max_tokens, 1)
+    check("temperature", temperature, 0 <= temperature < float("inf"), "0 or more")
+    check("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
+    check("prompt", prompt, bool(prompt), "some text")
+    model, tokenizer = load_model(source, dtype, device)
+    if chat and not tokenizer.chat_template:
+        raise RankwiseError("chat", source, "its tokenizer has no chat template; leave --chat out")
+    torch.manual_seed(seed)
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chat else prompt
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    out = model.generate(**inputs, max_new_tokens=max_tokens, streamer=streamer, **sampling)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    if as_json:
+        completion = tokenizer.decode(new, skip_special_tokens=True)
+        console.print_json({"prompt": prompt, "completion": completion, "tokens": len(new)})
+
+
+def bench(models: Sequence[str], config: speed.BenchConfig, as_json: bool) -> None:
+    """`rankwise bench`."""
+    rows = speed.bench(models, config, track=on_terminal)
+    rows = [row | {"ratio": _ratio(row["name"])} for row in rows]
+    shape = (
+        f"prompt {config.prompt}, {config.new_tokens} new tokens, batch {config.batch}, {config.rounds} rounds in turn"
+    )
+    _print_models(rows, f"{rows[0]['device']}, {rows[0]['dtype']}: {shape}", as_json)
+
+
+def report(
+    folder: Path,
+    out: Path,
+    against: str | None,
+    text: str,
+    windows: int,
+    seq_len: int,
+    with_speed: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """`rankwise report`."""
+    from rankwise.report import write_report
+
+    check("out", str(out), not out.exists(), "a folder that does not exist yet")
+    plan, _ = open_checkpoint(folder)
+    original = against or plan.provenance.get("model")
+    models = [*([original] if original else []), str(folder)]
+    rows = quality(models, text, windows, seq_len, device, dtype)
+    if with_speed:
+        rows = _with_speed(rows, speed.BenchConfig(device=device, dtype=dtype))
+    page = write_report(plan, rows, out, title=folder.name)
+    console.model_table(rows, rows[0]["text"])
+    console.show(f"report: {page}")
+    if as_json:
+        console.print_json({"report": str(page), "rows": rows})
+
+
+def demo(out: Path, ratio: float, as_json: bool) -> None:
+    """`rankwise demo`."""
+    from rankwise.alloc.methods import Global, Uniform
+    from rankwise.report import write_report
+
+    check("out", str(out), not out.exists() or _unfinished(out), "a folder that does not exist yet")
+    text = TextConfig(samples=32, gradient_samples=16, seq_len=512, measure=0, shuffle=True)
+    entries = {"uniform": Uniform(ratio, kinds=("lowrank",)), "global": Global(ratio)}
+    out.mkdir(exist_ok=True)
+    for name, method in entries.items():
+        if not (out / name).exists():
+            console.show(f"compress {EMBEDDED} with --method {name} --ratio {ratio:g}")
+            config = CompressConfig(EMBEDDED, out / name, method, text, curvature=out / "curvature")
+            compress_to_folder(config, track=on_terminal)
+    models = [EMBEDDED, *(str(out / name) for name in entries)]
+    rows = _with_speed(quality(models, "embedded:python-docs-test", 16, 512, "auto", "auto"), speed.BenchConfig())
+    plan = RankPlan.load(out / "global" / "plan.json")
+    page = write_report(plan, rows, out / "report", title=f"{EMBEDDED}, {ratio:.0%} kept")
+    console.model_table(rows, f"{EMBEDDED}: {rows[0]['text']}")
+    console.show(f"report: {page}")
+    console.show(f"next: rankwise generate {out / 'global'} 'The capital of France is'")
+    if as_json:
+        console.print_json({"report": str(page), "rows": rows})
+
+
+def quality(models: Sequence[str], text: str, windows: int, seq_len: int, device: str, dtype: str) -> list[Row]:
+    """Perplexity of each model on the same text, as rows."""
+    check_count("windows", windows, 1)
+    check_count("seq_len", seq_len, 2)
+    raw = read_text(text, split="test")
+    rows = []
+    for name in models:
+        model, tokenizer = load_model(name, dtype, device)
+        taken = take_windows(token_windows(raw, tokenizer, seq_len), windows, text)
+        stored = model_dtype(model)
+        rows.append(
+            {
+                "name": name,
+                "ratio": _ratio(name),
+                "weight_bytes": disk_bytes(name, dtype),
+                "perplexity": perplexity(model, taken, track=on_terminal),
+                "text": f"{text}, first {windows} windows of {seq_len} tokens, {stored}",
+            }
+        )
+        del model
+    return rows
+
+
+def _with_speed(rows: Sequence[Row], config: speed.BenchConfig) -> list[Row]:
+    timed = {row["name"]: row for row in speed.bench([row["name"] for row in rows], config, track=on_terminal)}
+    return [{**timed[row["name"]], **row} for row in rows]
+
+
+def _ratio(name: str) -> float | None:
+    """Kept share; None where a folder was re-saved without the plan that lists its dense layers."""
+    if not is_rankwise(name):
+        return 1.0
+    path = Path(name) / "plan.json"
+    return RankPlan.load(path).ratio if path.is_file() else None
+
+
+def _unfinished(out: Path) -> bool:
+    return not (out / "report").exists() and (out / "curvature").exists()
+
+
+def _print_models(rows: Sequence[Mapping[str, Any]], title: str, as_json: bool) -> None:
+    console.model_table(rows, title)
+    if as_json:
+        first, *rest = rows
+        console.print_json({**first, **({"against": rest[0]} if rest else {})})

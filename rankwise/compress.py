@@ -1,0 +1,247 @@
+"""The pipeline: curvature → factors → plan → modules → checkpoint."""
+
+import importlib.metadata
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.alloc.curvature import Curvature, collect
+from rankwise.alloc.factors import pivot_form
+from rankwise.alloc.methods.base import Method
+from rankwise.alloc.store import FactorStore, factorize_model
+from rankwise.anatomy import block_linears, weight_of
+from rankwise.config import CompressConfig, TextConfig
+from rankwise.engine.checkpoint import save
+from rankwise.engine.doors.hf import attach
+from rankwise.engine.layers import CompressedLinear, build_layer
+from rankwise.errors import RankwiseError
+from rankwise.evaluate import perplexity
+from rankwise.files import disk_guard, require_room
+from rankwise.jobs import Job
+from rankwise.plan import RankPlan
+from rankwise.progress import Track, silent
+from rankwise.text import read_text, take_windows, token_windows
+from rankwise.zoo import load_model, model_dtype, resolve_device
+
+LIBRARIES = ("rankwise", "torch", "transformers", "safetensors")
+
+
+def allocate(
+    model: Any,
+    text: torch.Tensor,
+    method: Method,
+    *,
+    gradient_text: torch.Tensor | None = None,
+    work: str | Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    track: Track = silent,
+) -> RankPlan:
+    """Measure a model's curvature on a text and choose a kind and a rank for every linear layer.
+
+    Args:
+        model: causal language model in host memory, eval mode.
+        text: `[N, T]` token ids that calibrate the input moments, see `rankwise.text.token_windows`.
+        method: `Global(ratio=0.8)` or `Uniform(...)`.
+        gradient_text: `[M, T]` token ids for the output-gradient moments; the last quarter of `text` by default.
+        work: folder for curvature and factors, reusable and resumable; a temporary one by default.
+        device: where blocks compute.
+        seed: fixes the sampled labels.
+        track: progress, e.g. `rankwise.progress.on_terminal`.
+
+    Returns:
+        A plan that carries a handle on its factors, ready for `compress`.
+    """
+    if method.two_sided and gradient_text is None:
+        split = len(text) - max(1, len(text) // 4)
+        if split < 1:
+            raise RankwiseError("text", f"{len(text)} windows", "two-sided factors need at least 2")
+        text, gradient_text = text[:split], text[split:]
+    temporary = tempfile.TemporaryDirectory(prefix="rankwise-") if work is None else None
+    folder = Path(temporary.name if temporary else str(work))
+    target = resolve_device(device)
+    gradients = gradient_text if method.two_sided else None
+    curvature = collect(model, text, gradients, folder / "curvature", device=target, seed=seed, track=track)
+    factors = factorize_model(
+        model,
+        curvature,
+        folder / f"factors-{method.sides}",
+        two_sided=method.two_sided,
+        device=target,
+        track=track,
+    )
+    plan = method.allocate(factors, model_dtype(model))
+    factors.keep_alive = temporary
+    plan.factors = factors
+    plan.provenance = {"options": method.options(), "curvature": curvature.identity, "versions": versions()}
+    return plan
+
+
+def compress(model: Any, plan: RankPlan, factors: FactorStore | None = None, *, track: Track = silent) -> Any:
+    """Put a plan into effect: the named linear layers are replaced, in place.
+
+    Args:
+        model: the model that the plan was made for; it is changed and returned.
+        plan: from `allocate`, or read from JSON.
+        factors: needed for a plan that was read from JSON; a fresh plan carries its own.
+
+    Raises:
+        RankwiseError: a module is unknown or its shape differs, or factors are missing.
+    """
+    store = factors or plan.factors
+    if store is None:
+        raise RankwiseError("factors", None, "a plan read from JSON needs the factors of its model")
+    linears = {name: module for block in block_linears(model) for name, module in block.items()}
+    check_plan(plan, store)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    with track("layers", len(plan.compressed)) as advance:
+        for name, spec in plan.compressed.items():
+            old = linears[name]
+            layer = build_layer(spec, old.bias is not None, dtype, weight_of(old).device)
+            _fill(layer, spec.kind, store.load(name, spec.rank), old)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+            advance()
+    attach(model, plan.compressed)
+    return model
+
+
+def check_plan(plan: RankPlan, store: FactorStore) -> None:
+    """Raise a RankwiseError unless the plan names every linear layer of the model, and no other, in its shape."""
+    shapes = store.shapes
+    for name, spec in plan:
+        if name not in shapes:
+            raise RankwiseError("plan", f"{name}: no such module", f"the model has, e.g., {next(iter(shapes))}")
+        if shapes[name] != (spec.out_features, spec.in_features):
+            found = f"{name}: [out, in] = {[spec.out_features, spec.in_features]}"
+            raise RankwiseError("plan", found, f"the model has {list(shapes[name])}")
+    for name in shapes:
+        if name not in plan.layers:
+            raise RankwiseError("plan", f"{name} is not in it", "a plan lists every linear layer of the blocks")
+
+
+def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> RankPlan:
+    """`rankwise compress`: from a model's name to a checkpoint folder. Killed anywhere, the same call continues.
+
+    Returns:
+        The plan, as written into the checkpoint.
+
+    Raises:
+        RankwiseError: bad input, or a full disk; nothing is left under `config.out`.
+    """
+    given = RankPlan.load(config.plan) if config.plan else None
+    model, tokenizer = load_model(config.model, config.dtype)
+    windows = _windows(config.text, tokenizer)
+    weights = model_dtype(model)
+    _require_room(config, model)
+    with (
+        Job.open(config.out, _identity(config, weights), restart=config.restart) as job,
+        disk_guard(config.out),
+    ):
+        store, curvature = _measure_factors(config, model, windows, job.folder, track)
+        plan = (
+            config.method.allocate(store, weights) if given is None else _restate(given, config.method, store, weights)
+        )
+        plan.provenance = _provenance(config, curvature, weights)
+        held_out = windows["measure"]
+        before = _perplexity(model, held_out, config.device, track)
+        compress(model, plan, store, track=track)
+        after = _perplexity(model, held_out, config.device, track)
+        if before is not None:
+            plan.provenance["measured"] = {"windows": len(held_out), "dense": before, "compressed": after}
+        plan.other_bytes = tensor_bytes(model) - plan.bytes
+        save(model, tokenizer, plan, config.out, staging=job.folder / "checkpoint")
+        job.finish()
+    return plan
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the result."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def tensor_bytes(model: Any) -> int:
+    """Bytes of a model's parameters and saved buffers; tied tensors count once."""
+    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
+
+
+def _fill(layer: CompressedLinear, kind: str, factors: tuple[torch.Tensor, torch.Tensor], old: Any) -> None:
+    u, v = factors
+    if kind == "pivot":
+        values = dict(zip(("pivot_index", "pivot_basis", "pivot_coeff"), pivot_form(u, v), strict=True))
+    else:
+        values = {"lowrank_u": u, "lowrank_v": v}
+    for name, value in values.items():
+        getattr(layer, name).copy_(value)
+        if not torch.isfinite(getattr(layer, name)).all():
+            raise RankwiseError(name, "NaN or Inf after rounding", "try --dtype bf16 or fp32")
+    if old.bias is not None and layer.bias is not None:
+        layer.bias.copy_(old.bias)
+
+
+def _windows(text: TextConfig, tokenizer: Any) -> dict[str, torch.Tensor]:
+    windows = token_windows(read_text(text.text), tokenizer, text.seq_len)
+    sizes = [text.samples, text.gradient_samples, text.measure]
+    taken = take_windows(windows, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
+    return dict(zip(("inputs", "gradients", "measure"), taken.split(sizes), strict=True))
+
+
+def _measure_factors(
+    config: CompressConfig, model: Any, windows: dict[str, torch.Tensor], work: Path, track: Track
+) -> tuple[FactorStore, Curvature]:
+    device, method = resolve_device(config.device), config.method
+    folder = config.curvature or work / "curvature"
+    gradients = windows["gradients"] if method.two_sided else None
+    curvature = collect(model, windows["inputs"], gradients, folder, device=device, seed=config.text.seed, track=track)
+    store = factorize_model(model, curvature, work / "factors", two_sided=method.two_sided, device=device, track=track)
+    return store, curvature
+
+
+def _restate(plan: RankPlan, method: Method, store: FactorStore, weights: str) -> RankPlan:
+    """A plan given by the user, with energies and losses of this model's factors."""
+    check_plan(plan, store)
+    return RankPlan({name: method.spec(name, spec.kind, spec.rank, store, weights) for name, spec in plan})
+
+
+def _perplexity(model: Any, windows: torch.Tensor, device: str, track: Track) -> float | None:
+    if not len(windows):
+        return None
+    value = perplexity(model.to(resolve_device(device)), windows, track=track)
+    model.to("cpu")
+    return value
+
+
+def _identity(config: CompressConfig, weights: str) -> dict[str, Any]:
+    text = config.text
+    return {
+        "model": config.model,
+        "weights": weights,
+        "options": config.method.options(),
+        "calibration": {key: getattr(text, key) for key in text.__dataclass_fields__},
+        "plan": config.plan.read_text(encoding="utf-8") if config.plan else None,
+        "curvature": str(config.curvature) if config.curvature else None,
+    }
+
+
+def _provenance(config: CompressConfig, curvature: Curvature, weights: str) -> dict[str, Any]:
+    identity = _identity(config, weights)
+    if config.plan:
+        identity["options"] = {"method": "plan", "sides": config.method.sides}
+    del identity["plan"], identity["curvature"]
+    return {**json.loads(json.dumps(identity)), "curvature": curvature.identity, "versions": versions()}
+
+
+def _require_room(config: CompressConfig, model: Any) -> None:
+    """Work folder and checkpoint, estimated from above before hours are spent."""
+    weights = [weight_of(m) for block in block_linears(model) for m in block.values()]
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if config.method.two_sided else 0)) for w in weights)
+    factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
+    require_room(config.out.absolute().parent, total + factors + (0 if config.curvature else moments))

@@ -1,0 +1,94 @@
+"""Options as dataclasses, checked when they are made."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import RankwiseError
+
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+EMBEDDED_TEXT = "embedded:python-docs"
+
+
+def check(name: str, value: Any, ok: bool, allowed: str) -> None:
+    """Raise a RankwiseError for `name` unless `ok`."""
+    if not ok:
+        raise RankwiseError(name, value, f"allowed: {allowed}")
+
+
+def check_count(name: str, value: Any, lowest: int) -> None:
+    """`value` must be a whole number from `lowest`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    check(name, value, whole and value >= lowest, f"a whole number from {lowest}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """`value` must be a number in (0, 1]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    check(name, value, number and 0 < value <= 1, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which windows of which text calibrate.
+
+    The text becomes one token stream, cut into windows without overlap: the first `samples` windows give
+    the input moments, the next `gradient_samples` the output-gradient moments, the next `measure` the
+    perplexities written into the checkpoint. With `shuffle` the windows are drawn in an order fixed by `seed`.
+
+    Args:
+        text: a `.txt` or `.jsonl` file, `embedded:python-docs`, `wikitext2` or `c4`.
+        samples: windows for the second moments of inputs.
+        gradient_samples: windows for the second moments of output gradients.
+        seq_len: tokens a window.
+        measure: held-out windows for perplexity before and after; 0 skips it.
+        shuffle: draw windows from all over the text.
+        seed: fixes the shuffle and the sampled labels.
+    """
+
+    text: str = EMBEDDED_TEXT
+    samples: int = 64
+    gradient_samples: int = 24
+    seq_len: int = 1024
+    measure: int = 4
+    shuffle: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples, 1)
+        check_count("gradient_samples", self.gradient_samples, 1)
+        check_count("seq_len", self.seq_len, 2)
+        check_count("measure", self.measure, 0)
+        check_count("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Everything that `rankwise compress` is told.
+
+    Args:
+        model: hub id, folder, `.gguf` file or `embedded:smollm2-135m`.
+        out: the checkpoint folder to write; must not exist.
+        method: allocation method and its options (`Uniform(...)`, `Global(...)`).
+        text: calibration windows.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; the model stays in host memory, one block at a time goes there.
+        dtype: `auto` (as stored), `bf16`, `fp16` or `fp32`.
+        curvature: folder of second moments to reuse, or to fill if it does not exist yet.
+        plan: a plan to carry out instead of allocating one.
+        restart: throw away unfinished work of an earlier run instead of continuing it.
+    """
+
+    model: str
+    out: Path
+    method: Any
+    text: TextConfig = field(default_factory=TextConfig)
+    device: str = "auto"
+    dtype: str = "auto"
+    curvature: Path | None = None
+    plan: Path | None = None
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        check("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
+        check("out", str(self.out), not self.out.exists(), "a folder that does not exist yet")

@@ -1,0 +1,85 @@
+"""What people read: tables for the terminal. Everything goes to stderr when `--json` owns stdout."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rankwise.plan import RankPlan
+
+Column = tuple[str, str, str]  # key, heading, format
+WIDE = 180  # columns for files and pipes, so that nothing is cut there
+MODEL_COLUMNS: tuple[Column, ...] = (
+    ("name", "model", ""),
+    ("ratio", "kept", ".1%"),
+    ("weight_bytes", "MB on disk", "MB"),
+    ("perplexity", "perplexity", ".2f"),
+    ("prefill_ms_p50", "prefill ms p50", ".1f"),
+    ("prefill_ms_p95", "p95", ".1f"),
+    ("decode_ms_p50", "decode ms p50", ".2f"),
+    ("decode_ms_p95", "p95", ".2f"),
+    ("tokens_per_s", "tokens/s", ".1f"),
+    ("peak_bytes", "peak MB", "MB"),
+)
+
+
+def show(text: str) -> None:
+    """One line for people."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def model_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """A row a model; columns that no row has a value for are left out."""
+    columns = [c for c in MODEL_COLUMNS if any(row.get(c[0]) is not None for row in rows)]
+    _print(title, columns, rows)
+
+
+def plan_table(plan: RankPlan, title: str) -> None:
+    """A row a module."""
+    columns: tuple[Column, ...] = (
+        ("name", "module", ""),
+        ("kind", "kind", ""),
+        ("shape", "out × in", ""),
+        ("rank", "rank", "d"),
+        ("weights", "weights", ""),
+        ("ratio", "kept", ".1%"),
+        ("energy", "energy", ".2%"),
+        ("parameters", "parameters", ",d"),
+        ("bytes", "bytes", ",d"),
+    )
+    _print(title, columns, [plan_row(name, plan) for name in plan.layers])
+
+
+def plan_row(name: str, plan: RankPlan) -> dict[str, Any]:
+    """One module of a plan as flat data."""
+    spec = plan.layers[name]
+    keys = ("kind", "rank", "weights", "ratio", "energy", "loss", "parameters", "bytes")
+    shape = f"{spec.out_features} × {spec.in_features}"
+    return {"name": name, "shape": shape, **{key: getattr(spec, key) for key in keys}}
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on one line of stdout."""
+    sys.stdout.write(json.dumps(data, sort_keys=True) + "\n")
+    sys.stdout.flush()
+
+
+def _print(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for _, heading, form in columns:
+        table.add_column(heading, justify="right" if form else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_cell(row.get(key), form) for key, _, form in columns))
+    width = None if sys.stderr.isatty() else WIDE
+    Console(stderr=True, highlight=False, width=width).print(table)
+
+
+def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return "–"
+    if form == "MB":
+        return f"{value / 1e6:.1f}"
+    return format(value, form) if form else str(value)

@@ -1,0 +1,197 @@
+"""How a compressed model lies on disk: writing, checking, listing.
+
+A checkpoint is an ordinary Hugging Face folder plus `plan.json` (the plan with its provenance) and `SHA256SUMS`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.engine.layers import tensor_shapes
+from rankwise.errors import RankwiseError
+from rankwise.files import (
+    CHECKSUMS,
+    check_checksums,
+    disk_guard,
+    open_tensors,
+    publish,
+    read_json,
+    write_checksums,
+)
+from rankwise.plan import FORMAT, LayerSpec, RankPlan, check_format
+
+PLAN = "plan.json"
+CARD = """---
+library_name: transformers
+tags: [rankwise]
+---
+# Compressed with rankwise
+
+{ratio:.1%} of the parameters of the linear layers of `{base}` are kept, as truncated factors.
+
+Load it after `import rankwise`, which teaches transformers this format:
+
+```python
+import rankwise
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+Without that import transformers stops with a shape mismatch on `weight`; never pass `ignore_mismatched_sizes=True`
+to get past it, as the layers would be filled with random numbers. `plan.json` lists what each layer became,
+and `sha256sum -c SHA256SUMS` checks the files.
+"""
+
+
+def config_entry(spec: LayerSpec) -> dict[str, Any]:
+    """A compressed layer's entry in config.json."""
+    return {
+        "kind": spec.kind,
+        "rank": spec.rank,
+        "out_features": spec.out_features,
+        "in_features": spec.in_features,
+        "weights": spec.weights,
+    }
+
+
+def specs_from_config(config: Mapping[str, Any], source: str) -> dict[str, LayerSpec]:
+    """The compressed layers that a `quantization_config` lists."""
+    check_format(config.get("format"), source)
+    if not config.get("layers"):
+        return {}
+    return RankPlan.from_dict({"format": FORMAT, "layers": config["layers"]}, source).layers
+
+
+def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: Path | None = None) -> Path:
+    """Write a compressed model as a checkpoint folder: complete, or not at all.
+
+    Args:
+        model: made by `rankwise.compress`.
+        tokenizer: saved beside it; None leaves it out.
+        plan: the plan that the model was made from.
+        out: the folder; must not exist.
+        staging: where the folder is put together before the rename; same disk as `out`.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        RankwiseError: `out` exists, or the disk is full.
+    """
+    out = Path(out)
+    if out.exists():
+        raise RankwiseError("out", str(out), "allowed: a folder that does not exist yet")
+    staging = staging or out.parent / f".{out.name}.staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        with disk_guard(out):
+            model.save_pretrained(staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            plan.save(staging / PLAN)
+            card = CARD.format(ratio=plan.ratio, base=plan.provenance.get("model", "a model"))
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            for path in staging.iterdir():
+                path.chmod(0o644)  # safetensors leaves its files readable by the owner alone
+            write_checksums(staging)
+            publish(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def shapes_on_disk(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """Tensor name to shape, from the headers of safetensors files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with open_tensors(Path(path)) as file:
+            for name in file.keys():  # noqa: SIM118
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def check_headers(files: Iterable[str | Path], specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
+    """Compare tensors on disk with the specs; return their shapes.
+
+    Raises:
+        RankwiseError: a tensor is missing or contradicts the plan. transformers alone would fill a missing one
+            with random numbers and a warning.
+    """
+    shapes = shapes_on_disk(f for f in files if str(f).endswith(".safetensors"))
+    for name, spec in specs.items():
+        for tensor, expected in tensor_shapes(spec).items():
+            found = shapes.get(f"{name}.{tensor}")
+            if found != expected:
+                problem = "missing" if found is None else f"shape {list(found)}"
+                raise RankwiseError(f"{name}.{tensor}", problem, f"the plan says shape {list(expected)}")
+    return shapes
+
+
+def open_checkpoint(folder: str | Path) -> tuple[RankPlan, list[Path]]:
+    """The plan of a checkpoint and its shards, headers checked against the plan.
+
+    A folder re-saved by transformers has no plan.json; then the plan holds the compressed layers alone.
+
+    Raises:
+        RankwiseError: missing, truncated, foreign or self-contradictory checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise RankwiseError(
+            "checkpoint", f"{folder} (no config.json in it)", "a folder written by rankwise is expected"
+        )
+    config = read_json(folder / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") != "rankwise":
+        raise RankwiseError("checkpoint", f"{folder} (not compressed by rankwise)", "a rankwise folder is expected")
+    specs = specs_from_config(config, str(folder / "config.json"))
+    plan = RankPlan.load(folder / PLAN) if (folder / PLAN).is_file() else RankPlan(specs)
+    planned = {name: config_entry(spec) for name, spec in plan.compressed.items()}
+    if planned != {name: config_entry(spec) for name, spec in specs.items()}:
+        raise RankwiseError(str(folder / PLAN), "contradicts config.json", "both must list the same layers and ranks")
+    shards = shard_files(folder)
+    check_headers(shards, plan.layers if (folder / PLAN).is_file() else specs)
+    return plan, shards
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a model folder, index followed."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [folder / "model.safetensors"]
+
+
+def verify(folder: str | Path) -> int:
+    """Check hashes, then shapes and plan; return how many files were hashed.
+
+    Raises:
+        RankwiseError: for the first thing that is wrong.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise RankwiseError(
+            "checkpoint", f"{folder} (no config.json in it)", "a folder written by rankwise is expected"
+        )
+    count = check_checksums(folder)
+    open_checkpoint(folder)
+    return count
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files of a model folder (safetensors)."""
+    return sum(path.stat().st_size for path in shard_files(Path(folder)))
+
+
+def is_rankwise(folder: str | Path) -> bool:
+    """True if `folder` is a checkpoint of ours."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (config.get("quantization_config") or {}).get("quant_method") == "rankwise"
+
+
+__all__ = ["CHECKSUMS", "PLAN", "check_headers", "open_checkpoint", "save", "verify"]

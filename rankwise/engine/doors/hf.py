@@ -1,0 +1,103 @@
+"""The transformers door: `AutoModelForCausalLM.from_pretrained` opens rankwise checkpoints."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rankwise.anatomy import features
+from rankwise.engine.checkpoint import check_headers, config_entry, specs_from_config
+from rankwise.engine.layers import build_layer
+from rankwise.errors import RankwiseError
+from rankwise.plan import FORMAT, LayerSpec
+
+METHOD = "rankwise"
+
+
+class RankwiseQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json: the format and one entry per compressed layer."""
+
+    def __init__(self, layers: dict[str, Any] | None = None, format: int = FORMAT, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.format = format
+        self.layers = layers or {}
+
+
+class RankwiseQuantizer(HfQuantizer):
+    """Puts empty compressed layers in place before transformers loads the tensors."""
+
+    requires_calibration = True  # `from_pretrained(dense, quantization_config=...)` makes no sense here
+    quantization_config: RankwiseQuantizationConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is needed beyond torch."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        specs = specs_from_config(self.quantization_config.to_dict(), "config.json")
+        check_headers(kwargs.get("checkpoint_files") or [], specs)
+        replace_layers(model, specs)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are frozen."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` works."""
+        return True
+
+
+def replace_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
+    """Swap the named linear layers of a model for empty compressed ones, in place, on the meta device.
+
+    Raises:
+        RankwiseError: a name is no linear layer of this model, or the shapes differ.
+    """
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    for name, spec in specs.items():
+        parent, leaf, old = _find(model, name, base)
+        found, expected = features(old), (spec.out_features, spec.in_features)
+        if found != expected:
+            raise RankwiseError(name, f"[out, in] = {list(found)} in the model", f"the plan says {list(expected)}")
+        dtype, bias = old.weight.dtype, old.bias is not None
+        setattr(parent, leaf, build_layer(spec, bias, dtype, torch.device("meta")))
+
+
+def attach(model: Any, specs: dict[str, LayerSpec]) -> None:
+    """Tell a compressed model in memory what it is, so that `save_pretrained` writes a loadable checkpoint."""
+    config = RankwiseQuantizationConfig(layers={name: config_entry(spec) for name, spec in specs.items()})
+    model.config.quantization_config = config
+    model.hf_quantizer = RankwiseQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+def _find(model: nn.Module, name: str, base: str) -> tuple[nn.Module, str, Any]:
+    for candidate in (name, name.removeprefix(base)):  # AutoModel loads the same folder without its head
+        path, _, leaf = candidate.rpartition(".")
+        try:
+            parent = model.get_submodule(path)
+            return parent, leaf, getattr(parent, leaf)
+        except AttributeError:
+            continue
+    raise RankwiseError(name, "no such module", f"the plan does not fit {type(model).__name__}")
+
+
+def register() -> None:
+    """Make transformers know `quant_method: rankwise`; harmless if called again."""
+    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, RankwiseQuantizer)
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, RankwiseQuantizationConfig)
+
+
+register()
