@@ -19,8 +19,8 @@ _HOME = {
     "RankPlan": "rankwise.plan",
     "Uniform": "rankwise.alloc.methods.uniform",
     "Global": "rankwise.alloc.methods.lagrange",
-    "allocate": "rankwise.compress",
-    "compress": "rankwise.compress",
+    "allocate": "rankwise.pipeline",
+    "compress": "rankwise.pipeline",
     "load_model": "rankwise.zoo",
     "perplexity": "rankwise.evaluate",
     "save": "rankwise.engine.checkpoint",
@@ -30,13 +30,13 @@ __all__ = sorted([*_HOME, "__version__"])
 if TYPE_CHECKING:
     from rankwise.alloc.methods.lagrange import Global as Global
     from rankwise.alloc.methods.uniform import Uniform as Uniform
-    from rankwise.compress import allocate as allocate
-    from rankwise.compress import compress as compress
     from rankwise.config import CompressConfig as CompressConfig
     from rankwise.config import TextConfig as TextConfig
     from rankwise.engine.checkpoint import save as save
     from rankwise.errors import RankwiseError as RankwiseError
     from rankwise.evaluate import perplexity as perplexity
+    from rankwise.pipeline import allocate as allocate
+    from rankwise.pipeline import compress as compress
     from rankwise.plan import LayerSpec as LayerSpec
     from rankwise.plan import RankPlan as RankPlan
     from rankwise.zoo import load_model as load_model

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -182,13 +183,13 @@ class _Runner:
                 out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
                 marks.append(self._now())
-        steps = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(marks)]
         return {"prefill": marks[0] - start, "steps": steps}
 
     def facts(self) -> dict[str, Any]:
         import torch
 
-        from rankwise.compress import versions
+        from rankwise.pipeline import versions
         from rankwise.zoo import disk_bytes
 
         cuda = self.device.type == "cuda"

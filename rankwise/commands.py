@@ -8,12 +8,12 @@ import torch
 
 from rankwise import bench as speed
 from rankwise import console
-from rankwise.compress import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig, check, check_count
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
 from rankwise.engine.checkpoint import verify as verify_checkpoint
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
+from rankwise.pipeline import compress_to_folder
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
 from rankwise.text import read_text, take_windows, token_windows
@@ -26,12 +26,13 @@ quiet_transformers()
 def compress(config: CompressConfig, as_json: bool) -> None:
     """`rankwise compress`."""
     plan = compress_to_folder(config, track=on_terminal)
-    facts = {"out": str(config.out), "ratio": plan.ratio, "bytes": folder_bytes(config.out), **plan.counts()}
+    size = folder_bytes(config.out)
+    facts: Row = {"out": str(config.out), "ratio": plan.ratio, "bytes": size, **plan.counts()}
     measured = plan.provenance.get("measured", {})
     if measured:
         facts |= {"perplexity": measured["compressed"], "dense_perplexity": measured["dense"]}
     kinds = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items() if count)
-    console.show(f"{config.out}: {plan.ratio:.2%} of the linear layers kept ({kinds}), {facts['bytes'] / 1e6:.1f} MB")
+    console.show(f"{config.out}: {plan.ratio:.2%} of the linear layers kept ({kinds}), {size / 1e6:.1f} MB")
     if measured:
         windows = f"{measured['windows']} held-out windows of the calibration text"
         console.show(f"perplexity {measured['dense']:.2f} → {measured['compressed']:.2f} on {windows}")

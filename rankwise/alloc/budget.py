@@ -8,6 +8,8 @@ import numpy as np
 from rankwise.errors import RankwiseError
 from rankwise.plan import layer_parameters
 
+NEARBY = 6  # choices above and below a layer's own that `tighten` tries
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -99,6 +101,39 @@ def fill(choices: dict[str, Choices], picked: dict[str, int], target: float) -> 
         if again := _best_step(entry, picked[name], left, name):
             heapq.heappush(heap, again)
     return picked
+
+
+def tighten(choices: dict[str, Choices], picked: dict[str, int], target: float, tolerance: float) -> dict[str, int]:
+    """Where steps are coarse, change one or two layers a little so that less than `tolerance` is left over.
+
+    Of all moves of at most two layers that end within the tolerance, the one of least loss is made; a selection that
+    is within already, or that no such move mends, is returned as it is.
+    """
+    left = target - sum(int(choices[name].cost[i]) for name, i in picked.items())
+    if left <= tolerance * target:
+        return picked
+    names, to, cost, loss = _moves(choices, picked)
+    total = cost[:, None] + cost[None, :]
+    allowed = (total <= left) & (total >= left - tolerance * target) & (names[:, None] != names[None, :])
+    if not allowed.any():
+        return picked
+    first, second = np.unravel_index(np.argmin(np.where(allowed, loss[:, None] + loss[None, :], np.inf)), total.shape)
+    order = list(picked)
+    moves = {order[names[i]]: int(to[i]) for i in (int(first), int(second)) if names[i] >= 0}
+    return picked | moves
+
+
+def _moves(choices: dict[str, Choices], picked: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """Every layer's nearby choices: layer number, choice, extra cost, extra loss; entry 0 moves nothing."""
+    rows = [(-1, -1, 0.0, 0.0)]
+    for number, (name, at) in enumerate(picked.items()):
+        entry = choices[name]
+        for to in range(max(0, at - NEARBY), min(len(entry.cost), at + NEARBY + 1)):
+            if to != at:
+                rows.append(
+                    (number, to, float(entry.cost[to] - entry.cost[at]), float(entry.loss[to] - entry.loss[at]))
+                )
+    return tuple(np.array(column) for column in zip(*rows, strict=True))
 
 
 def require_exact(

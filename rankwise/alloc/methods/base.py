@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from rankwise.alloc.budget import Choices, layer_choices, require_choices, require_exact, require_reachable
+from rankwise.alloc.budget import Choices, layer_choices, require_choices, require_exact, require_reachable, tighten
 from rankwise.config import check, check_count, check_fraction
 from rankwise.errors import RankwiseError
 from rankwise.plan import KINDS, LayerSpec, RankPlan
@@ -87,7 +87,7 @@ class Method:
         total = sum(m * n for m, n in scores.shapes.values())
         require_choices(choices, self.rank_multiple)
         require_reachable(choices, self.ratio * total, total)
-        picked = self._pick(choices, self.ratio * total)
+        picked = tighten(choices, self._pick(choices, self.ratio * total), self.ratio * total, self.tolerance)
         require_exact(choices, picked, self.ratio * total, total, self.tolerance)
         chosen = {name: (choices[name].kind[i], int(choices[name].rank[i])) for name, i in picked.items()}
         return RankPlan({name: self.spec(name, *chosen[name], scores, weights) for name in scores.shapes})

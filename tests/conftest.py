@@ -1,0 +1,111 @@
+"""Tiny random models of every family, a tokenizer made on the spot, and text: no network, no files of others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from rankwise.text import read_text
+from rankwise.zoo import quiet_transformers
+
+quiet_transformers()
+VOCABULARY = 512
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+LLAMA_LIKE = COMMON | {"intermediate_size": 48, "num_key_value_heads": 2}
+GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**LLAMA_LIKE, head_dim=8, sliding_window=16),
+    "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
+    "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=16),
+    "gemma3": lambda: Gemma3TextConfig(**LLAMA_LIKE, head_dim=16, sliding_window=16, layer_types=None),
+    "phi3": lambda: Phi3Config(**LLAMA_LIKE),
+    "opt": lambda: OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32),
+    "gpt2": lambda: GPT2Config(**GPT2_SIZES, bos_token_id=0, eos_token_id=1, pad_token_id=1),
+}
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A random model; every bias and norm weight is random too, so that a lost one shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        elif "embed" not in name and "wte" not in name and "wpe" not in name:
+            parameter.mul_(4)  # spread the spectrum: at the default scale nothing matters to the loss
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([read_text("embedded:python-docs-test")], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Any]:
+    """`tiny("llama")`: a random model of a family."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], Path]:
+    """`model_folder("llama")`: the same model as a folder, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("models") / family
+            make_model(family).save_pretrained(made[family])
+            tokenizer.save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 kB of English."""
+    path = tmp_path_factory.mktemp("text") / "docs.txt"
+    path.write_text(read_text("embedded:python-docs")[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
