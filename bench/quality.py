@@ -3,7 +3,8 @@
     python bench/quality.py --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt
 
 Calibrates on the first windows of the train text (the next ones for output gradients), tests on the first windows of
-the test text, and writes one JSON line a row to bench/results/cpu/quality.jsonl. An interrupted run continues.
+the test text, and writes one JSON line a row to bench/results/cpu/quality.jsonl. With `--work DIR` the curvature and the
+factors are kept, and an interrupted run continues from them.
 """
 
 import argparse
@@ -30,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Measure what is not in the result file yet."""
+    """Measure every row."""
     options = parse()
     quiet_transformers()
     device = torch.device("cpu")
@@ -42,6 +43,7 @@ def main() -> None:
     test = take_windows(test, options.windows, options.test)
     run = identity(options, model_dtype(model))
     work = options.work or Path(tempfile.mkdtemp(prefix="rankwise-quality-"))
+    options.out.unlink(missing_ok=True)
     started = time.monotonic()
     curvature = collect(model, inputs, gradients, work / "curvature", device=device, track=on_terminal)
     stores = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import RankwiseError
+from rankwise.jobs import is_unfinished
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 EMBEDDED_TEXT = "embedded:python-docs"
@@ -91,4 +92,5 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         check("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
-        check("out", str(self.out), not self.out.exists(), "a folder that does not exist yet")
+        free = not self.out.exists() or (is_unfinished(self.out) and not self.restart)
+        check("out", str(self.out), free, "a folder that does not exist yet")

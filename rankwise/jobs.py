@@ -11,6 +11,37 @@ from rankwise.errors import RankwiseError
 from rankwise.files import read_json, write_json
 
 JOB = "job.json"
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Own a folder while the context lasts; the system gives it back when the process ends, however it ends.
+
+    Args:
+        folder: made if missing.
+        wait: wait for another owner instead of raising.
+
+    Raises:
+        RankwiseError: another process owns the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            raise RankwiseError(str(folder), "another process is working in it", "wait until it has ended") from None
+        yield
+
+
+def work_folder(out: Path) -> Path:
+    """Where the unfinished work on the result `out` lies."""
+    return out.absolute().with_name(f".{out.name}.rankwise")
+
+
+def is_unfinished(out: Path) -> bool:
+    """True if work on `out` was begun and not cleaned up."""
+    return (work_folder(out) / JOB).exists()
 
 
 class Job:
@@ -29,40 +60,37 @@ class Job:
         """Start, or continue, the job that makes `out`.
 
         Args:
-            out: the result's folder, not there yet.
+            out: the result's folder.
             identity: what the job is; must equal what an unfinished job was started with.
             restart: throw unfinished work away first.
 
         Raises:
             RankwiseError: unfinished work of another job, or another process is at it.
         """
-        folder = out.absolute().with_name(f".{out.name}.rankwise")
-        fresh = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RankwiseError("out", str(out), "another process is writing it; wait for that one") from None
+        folder = work_folder(out)
+        with locked(folder):
             job = cls(folder)
             try:
                 job._claim(identity, restart=restart)
                 yield job
-            except BaseException:
-                if fresh and not (folder / JOB).exists():
+            finally:
+                if not (folder / JOB).exists():
                     shutil.rmtree(folder, ignore_errors=True)
-                raise
 
     def finish(self) -> None:
-        """Remove the work folder; the result is in place."""
-        shutil.rmtree(self.folder)
+        """Remove the work; the result is in place. The job's name goes last, so that a kill here is no error."""
+        self._clear(keep=(LOCK, JOB))
+        (self.folder / JOB).unlink()
+
+    def _clear(self, keep: tuple[str, ...]) -> None:
+        for entry in self.folder.iterdir():
+            if entry.name not in keep:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _claim(self, identity: dict[str, Any], *, restart: bool) -> None:
         path = self.folder / JOB
         if restart:
-            for entry in self.folder.iterdir():
-                if entry.name != "lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self._clear(keep=(LOCK,))
         if not path.exists():
             write_json(path, identity)
         found = read_json(path)

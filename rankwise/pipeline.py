@@ -142,6 +142,9 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
         Job.open(config.out, _identity(config, weights), restart=config.restart) as job,
         disk_guard(config.out),
     ):
+        if config.out.exists():  # the last run was killed between the rename and the cleaning up
+            job.finish()
+            return RankPlan.load(config.out / "plan.json")
         store, curvature = _measure_factors(config, model, windows, job.folder, track)
         plan = (
             config.method.allocate(store, weights) if given is None else _restate(given, config.method, store, weights)

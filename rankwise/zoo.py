@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from rankwise.errors import RankwiseError
 from rankwise.files import disk_guard, publish, sha256
+from rankwise.jobs import locked
 
 EMBEDDED = "embedded:smollm2-135m"
 ALLOWED = f"a hub id, a folder with config.json, a .gguf file or {EMBEDDED}"
@@ -161,17 +161,13 @@ def _gguf_as_folder(source: str, dtype: str) -> str:
         raise RankwiseError("model", f"{source} (no such file)", f"allowed: {ALLOWED}")
     final = cache_folder() / f"gguf-{sha256(path)[:16]}-{dtype}"
     if not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=".gguf-", dir=final.parent))
-        try:
-            with disk_guard(final):
+        with disk_guard(final), locked(final.parent, wait=True):
+            if not final.exists():  # another process may have been quicker
+                staged = final.with_name(f".{final.name}")
+                shutil.rmtree(staged, ignore_errors=True)
+                staged.mkdir()
                 _convert_gguf(path, staged, dtype)
                 publish(staged, final)
-        except OSError:
-            if not final.exists():  # else another process was quicker, and its folder is as good
-                raise
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
     return str(final)
 
 

@@ -22,6 +22,7 @@ from rankwise.alloc.stream import BlockStream
 from rankwise.anatomy import block_linears, require_finite, weight_of
 from rankwise.errors import RankwiseError
 from rankwise.files import open_tensors, read_json, read_tensors, write_json, write_tensors
+from rankwise.jobs import locked
 from rankwise.progress import Track, silent
 
 FORMAT = 1
@@ -116,10 +117,23 @@ def collect(
     Raises:
         RankwiseError: the folder belongs to another model, text or seed; or NaN or Inf in weights or activations.
     """
-    identity = identify(model, windows, windows[:0] if gradient_windows is None else gradient_windows, seed)
-    curvature = _claim(folder, identity)
     linears = block_linears(model)
     require_finite(linears)
+    identity = identify(model, windows, windows[:0] if gradient_windows is None else gradient_windows, seed)
+    with locked(folder):
+        return _collect(model, linears, windows, gradient_windows, _claim(folder, identity), device, seed, track)
+
+
+def _collect(
+    model: Any,
+    linears: list[dict[str, nn.Module]],
+    windows: torch.Tensor,
+    gradient_windows: torch.Tensor | None,
+    curvature: Curvature,
+    device: torch.device,
+    seed: int,
+    track: Track,
+) -> Curvature:
     need_outputs = gradient_windows is not None and not curvature.has_outputs
     if not curvature.has_inputs or need_outputs:
         stream = BlockStream(model, device, windows[:1])
@@ -137,7 +151,7 @@ def collect(
 def _claim(folder: Path, identity: dict[str, Any]) -> Curvature:
     path = folder / INDEX
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise RankwiseError("curvature", f"{folder} (no {INDEX} in it)", "a curvature folder, or a new name")
         write_json(path, identity)
         return Curvature(folder, identity)

@@ -40,7 +40,7 @@ class _Sums:
         for name, total in self.sums.items():
             if not torch.isfinite(total).all():
                 raise RankwiseError(name, f"NaN or Inf in its {what}", "try --dtype fp32 or bf16")
-        return {name: total / tokens for name, total in self.sums.items()}
+        return {name: total.div_(tokens) for name, total in self.sums.items()}
 
 
 class InputSums(_Sums):
