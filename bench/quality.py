@@ -2,9 +2,9 @@
 
     python bench/quality.py --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt
 
-Calibrates on the first windows of the train text (the next ones for output gradients), tests on the first windows of
-the test text, and writes one JSON line a row to bench/results/cpu/quality.jsonl. With `--work DIR` the curvature and the
-factors are kept, and an interrupted run continues from them.
+Calibrates on the first windows of the train text (the next ones for output gradients), tests on the first
+windows of the test text, and writes one JSON line a row to bench/results/cpu/quality.jsonl. With `--work DIR`
+curvature and factors are kept, and an interrupted run continues from them.
 """
 
 import argparse

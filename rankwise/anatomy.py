@@ -37,8 +37,13 @@ def block_linears(model: nn.Module) -> list[dict[str, nn.Module]]:
     """The linear layers of each decoder block: full module name to `nn.Linear` or `Conv1D`, in model order.
 
     Raises:
-        RankwiseError: a block holds weights that are no matrices (fused experts, convolutions).
+        RankwiseError: the model is quantised or compressed already, or a block holds weights that are no matrices
+            (fused experts, convolutions).
     """
+    stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", stored)
+        raise RankwiseError("model", f"its weights are stored as {method}", "the dense original is needed")
     prefix, blocks = decoder_blocks(model)
     result = []
     for index, block in enumerate(blocks):
@@ -51,6 +56,13 @@ def block_linears(model: nn.Module) -> list[dict[str, nn.Module]]:
                 )
         result.append({f"{prefix}.{index}.{name}": module for name, module in _linears(block)})
     return result
+
+
+def require_context(model: Any, seq_len: int) -> None:
+    """Raise a RankwiseError if windows of `seq_len` tokens are longer than the model's context."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and seq_len > longest:
+        raise RankwiseError("seq_len", seq_len, f"allowed: at most {longest}, the model's context")
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from rankwise import bench as speed
 from rankwise import console
+from rankwise.anatomy import require_context
 from rankwise.config import CompressConfig, TextConfig, check, check_count
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
 from rankwise.engine.checkpoint import verify as verify_checkpoint
@@ -174,6 +175,7 @@ def quality(models: Sequence[str], text: str, windows: int, seq_len: int, device
     rows = []
     for name in models:
         model, tokenizer = load_model(name, dtype, device)
+        require_context(model, seq_len)
         taken = take_windows(token_windows(raw, tokenizer, seq_len), windows, text)
         stored = model_dtype(model)
         rows.append(

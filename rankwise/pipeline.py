@@ -13,7 +13,7 @@ from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.store import FactorStore, factorize_model
-from rankwise.anatomy import block_linears, weight_of
+from rankwise.anatomy import block_linears, require_context, weight_of
 from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import save
 from rankwise.engine.doors.hf import attach
@@ -135,6 +135,7 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     """
     given = RankPlan.load(config.plan) if config.plan else None
     model, tokenizer = load_model(config.model, config.dtype)
+    require_context(model, config.text.seq_len)
     windows = _windows(config.text, tokenizer)
     weights = model_dtype(model)
     _require_room(config, model)

@@ -1,0 +1,372 @@
+import base64
+import io
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rankwise
+from rankwise.errors import RankwiseError
+from rankwise.figures import DARK, LIGHT
+from rankwise.plan import LayerSpec, RankPlan
+from rankwise.report import bar_pictures, map_pictures, sections, share, write_report
+
+VOID = {"meta", "link", "img", "source", "br", "hr"}
+EVIL = "<script>alert(1)</script>"
+TEXT = "WikiText-2 test, 16 windows of 1024 tokens, bf16"
+DENSE = {
+    "name": "base",
+    "ratio": 1.0,
+    "weight_bytes": 269_060_552,
+    "perplexity": 22.88,
+    "text": TEXT,
+    "prefill_ms_p50": 812.41,
+    "prefill_ms_p95": 861.0,
+    "decode_ms_p50": 38.2,
+    "decode_ms_p95": 44.9,
+    "tokens_per_s": 26.2,
+    "peak_bytes": 912_000_000,
+    "device": "CPU, 2 threads",
+    "batch": 1,
+    "prompt": 128,
+    "versions": {"torch": "2.9"},
+}
+
+
+class Page(HTMLParser):
+    """Tags, attributes, text and tables of a page; unbalanced tags fail."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.styles: list[str] = []
+        self.open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            self.styles.append(data)
+        elif data.strip():
+            self.text.append(data.strip())
+            if {"td", "th"} & set(self.open):
+                row = self.tables[-1][-1]
+                row[-1] = f"{row[-1]} {data.strip()}".strip()
+
+    def attributes(self, name: str) -> list[str]:
+        return [value for _, attributes in self.tags if (value := attributes.get(name))]
+
+
+def make_plan(**changes: Any) -> RankPlan:
+    layers = {
+        "model.layers.0.self_attn.q_proj": LayerSpec("pivot", 64, 64, 32, energy=0.9, loss=1.5e-3),
+        "model.layers.0.mlp.up_proj": LayerSpec("dense", 128, 64, 64, energy=1.0, loss=0.0),
+        "model.layers.1.self_attn.q_proj": LayerSpec("lowrank", 64, 64, 16, energy=0.99996, loss=2.5e-4),
+        "model.layers.1.mlp.up_proj": LayerSpec("pivot", 128, 64, 40, energy=0.95, loss=None),
+    }
+    provenance = {"model": "embedded:tiny", "options": {"method": "global", "kinds": ["dense", "pivot"]}, "seed": 0}
+    return RankPlan(**{"layers": layers, "provenance": provenance, **changes})
+
+
+def make_rows(plan: RankPlan) -> list[dict[str, Any]]:
+    changes = {"name": "small", "ratio": plan.ratio, "weight_bytes": 226_460_552, "perplexity": 26.41}
+    return [DENSE, DENSE | changes | {"tokens_per_s": 30.2, "prefill_ms_p50": 731.1, "peak_bytes": 845_000_000}]
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "a" / "page"
+    plan = make_plan(other_bytes=5_000_000)
+    assert write_report(plan, make_rows(plan), folder, title="Tiny, half kept") == folder / "index.html"
+    return folder
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out, which take most of the time."""
+    monkeypatch.setattr("rankwise.report.map_pictures", lambda plan: [])
+    monkeypatch.setattr("rankwise.report.bar_pictures", lambda rows: [])
+
+
+def test_folder_holds_the_page_and_each_figure_twice(folder: Path) -> None:
+    names = ("rank_map", "energy_map", "perplexity", "size", "decode", "prefill")
+    files = {"index.html", *(f"{name}-{theme}.png" for name in names for theme in ("light", "dark"))}
+    assert {path.name for path in folder.iterdir()} == files
+    assert [path.name for path in folder.parent.iterdir()] == ["page"]
+    assert folder.stat().st_mode & 0o777 == 0o755
+    for name in names:
+        light, dark = (Image.open(folder / f"{name}-{theme}.png").convert("RGB") for theme in ("light", "dark"))
+        assert light.size == dark.size
+        assert min(light.size) > 200
+        for image, theme in ((light, LIGHT), (dark, DARK)):
+            assert "#{:02x}{:02x}{:02x}".format(*image.getpixel((0, 0))) == theme.background
+        assert np.asarray(light).std() > 5
+
+
+def test_page_embeds_the_very_files_with_alternatives(folder: Path) -> None:
+    page = read(folder / "index.html")
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    sources = [attributes for tag, attributes in page.tags if tag == "source"]
+    assert len(images) == len(sources) == 6
+    links = [link for link in page.attributes("href") if link.endswith(".png")]
+    assert len(links) == 12
+    embedded = [image["src"] for image in images] + [source["srcset"] for source in sources]
+    contents = {base64.b64decode(str(uri).removeprefix("data:image/png;base64,")) for uri in embedded}
+    assert contents == {(folder / link).read_bytes() for link in links}
+    for image in images:
+        assert len(str(image["alt"])) > 40
+        raw = base64.b64decode(str(image["src"]).partition(",")[2])
+        assert Image.open(io.BytesIO(raw)).size == (int(str(image["width"])), int(str(image["height"])))
+    assert {source["media"] for source in sources} == {"(prefers-color-scheme: dark)"}
+
+
+def test_page_loads_nothing_from_elsewhere(folder: Path) -> None:
+    page = read(folder / "index.html")
+    loads = [v for name in ("src", "srcset", "href", "data", "action", "poster") for v in page.attributes(name)]
+    for value in loads:
+        assert value.startswith("data:") or (folder / value).is_file(), value
+    assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    css = "".join(page.styles)
+    assert "url(" not in css
+    assert "@import" not in css
+    assert "http" not in css
+    assert any("default-src 'none'" in value for value in page.attributes("content"))
+
+
+def test_headline_and_summary_state_what_was_measured(folder: Path) -> None:
+    page = read(folder / "index.html")
+    facts = page.text[page.text.index("Linear parameters kept") :][:8]
+    kept = make_plan().ratio
+    assert facts[:3] == ["Linear parameters kept", f"{kept:.1%}", "modules: 1 dense, 1 lowrank, 2 pivot"]
+    assert facts[3:6] == ["Perplexity", "22.88 → 26.41", "+15.4%"]
+    assert facts[6:8] == ["Size", "269.1 MB → 226.5 MB"]
+    heading, dense, small = page.tables[0]
+    cells = dict(zip(heading, small, strict=True))
+    assert cells["Model"] == "small"
+    assert cells["Size"] == "226.5 MB −15.8%"
+    assert cells["Decode, tokens/s"] == "30.20 +15.3%"
+    assert cells["Prefill latency"] == "731.1 ms −10.0% p95 861.0 ms"
+    assert dict(zip(heading, dense, strict=True))["Perplexity"] == "22.88"
+    note = next(text for text in page.text if text.startswith("Changes are"))
+    assert f"Perplexity: measured on {TEXT}." in note
+    assert "Speed and memory: measured on CPU, 2 threads, prompt of 128 tokens, batch 1." in note
+    assert page.text[-1] == f"rankwise {rankwise.__version__}"
+
+
+def test_every_module_and_the_provenance_are_listed(folder: Path) -> None:
+    page = read(folder / "index.html")
+    _, *rows, total = page.tables[1]
+    plan = make_plan()
+    assert [row[0] for row in rows] == list(plan.layers)
+    assert rows[0][1:] == ["pivot", "32 of 64", "75.0%", "90.0%", "1.50e-03", "0.01"]
+    assert rows[1][4:6] == ["100.0%", "0"]
+    assert rows[2][4] == "99.99%"  # rounding up would claim that nothing was lost
+    assert rows[3][5] == "not measured"
+    assert total[3:] == [f"{plan.ratio:.1%}", "", "not measured", f"{plan.bytes / 1e6:.2f}"]
+    assert any("Everything else in the checkpoint: 5.00 MB" in text for text in page.text)
+    assert page.tables[2:] == [
+        [["model", "embedded:tiny"], ["seed", "0"]],
+        [["method", "global"], ["kinds", "dense, pivot"]],
+    ]
+
+
+def test_what_is_missing_is_not_measured_and_has_no_figure(tmp_path: Path) -> None:
+    layers = {name: LayerSpec(s.kind, s.out_features, s.in_features, s.rank) for name, s in make_plan()}
+    path = write_report(make_plan(layers=layers, provenance={}), [{"name": "base"}, {}], tmp_path / "r", title="t")
+    assert {p.name for p in path.parent.iterdir()} == {"index.html", "rank_map-light.png", "rank_map-dark.png"}
+    page = read(path)
+    for row, name in zip(page.tables[0][1:], ("base", "unnamed"), strict=True):
+        assert row == [name] + ["not measured"] * 7
+    assert page.text[page.text.index("Perplexity") + 1] == "not measured"
+    assert all(row[4:6] == ["not measured"] * 2 for row in page.tables[1][1:-1])
+    assert "The plan records none." in page.text
+
+
+def test_one_number_alone_makes_no_figure_and_no_change(tmp_path: Path, bare: None) -> None:
+    rows = [{"name": "base", "perplexity": 20.0}, {"name": "small", "perplexity": None, "tokens_per_s": 5.0}]
+    assert bar_pictures(rows) == []
+    page = read(write_report(make_plan(), rows, tmp_path / "r", title="t"))
+    assert "20.00 → not measured" in page.text
+    assert "%" not in "".join(page.tables[0][2])
+
+
+def test_bars_keep_the_place_of_a_model_that_lacks_the_number() -> None:
+    rows = [{"name": "a", "perplexity": 20.0}, {"name": "b"}, {"name": "c", "perplexity": 30.0}]
+    (picture,) = bar_pictures(rows)
+    assert picture.name == "perplexity"
+    assert picture.alt == "Perplexity; lower is better. a: 20.00, b: not measured, c: 30.00."
+    assert [patch.get_width() for patch in picture.draw(LIGHT).axes[0].patches] == [20.0, 0.0, 30.0]
+
+
+def test_captions_say_where_settings_differ() -> None:
+    rows = [DENSE, DENSE | {"name": "small", "text": None, "device": "NVIDIA H100"}]
+    captions = {picture.name: picture.caption for picture in bar_pictures(rows)}
+    assert captions["perplexity"] == f"Perplexity; lower is better; settings differ: base: {TEXT}; small: not stated."
+    assert "small: NVIDIA H100, prompt of 128 tokens" in captions["prefill"]
+    assert captions["size"] == "Size of the weights; smaller is better."
+    rows = [{"perplexity": 1.0}, {"perplexity": 2.0}]
+    assert bar_pictures(rows)[0].caption == "Perplexity; lower is better; settings not stated."
+
+
+def test_map_pictures_tell_extremes_and_gaps() -> None:
+    plan = make_plan()
+    ranks, energies = map_pictures(plan)
+    assert "2 module types in 2 blocks; modules left dense: 1." in ranks.alt
+    assert "from 50.0% (self_attn.q_proj of block 1) to 75.0% (self_attn.q_proj of block 0)" in ranks.alt
+    assert "to 99.99% (self_attn.q_proj of block 1)" in energies.alt
+    assert "Crossed out: left dense. Dots: lowrank" in ranks.caption
+    layers = dict(list(plan.layers.items())[:3])
+    assert map_pictures(make_plan(layers=layers))[0].caption.endswith("Blank: no value.")
+    assert map_pictures(make_plan(layers={"head": LayerSpec("dense", 8, 8, 8, energy=1.0)})) == []
+
+
+def test_headline_belongs_to_the_row_that_the_plan_made(tmp_path: Path, bare: None) -> None:
+    plan = make_plan()
+    base, small = make_rows(plan)
+    other = small | {"name": "rival", "ratio": plan.ratio + 1e-4, "perplexity": 99.0}
+    page = read(write_report(plan, [base, other, small], tmp_path / "three", title="t"))
+    assert "22.88 → 26.41" in page.text
+    page = read(write_report(plan, [base, other, other], tmp_path / "unclear", title="t"))
+    assert not any("→" in text for text in page.text)
+    page = read(write_report(plan, [small], tmp_path / "alone", title="t"))
+    assert page.text[page.text.index("Perplexity") + 1] == "26.41"
+    page = read(write_report(plan, [], tmp_path / "none", title="t"))
+    assert "No model was measured." in page.text
+
+
+def test_foreign_text_stays_text(tmp_path: Path) -> None:
+    name = f"model.layers.0.{EVIL}"
+    layers = {name: LayerSpec("pivot", 64, 64, 8, energy=0.5), f"model.layers.1.{EVIL}": LayerSpec("dense", 8, 8, 8)}
+    plan = make_plan(layers=layers, provenance={EVIL: {EVIL: [EVIL], "\"'>": None}})
+    rows = [{"name": EVIL, "text": EVIL, "perplexity": 1.0, "device": '"><img src=x onerror=alert(1)>'}] * 2
+    path = write_report(plan, rows, tmp_path / "r", title=f"{EVIL} \ud800")
+    page = read(path)
+    assert "<script" not in path.read_text(encoding="utf-8")
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert f"{EVIL} ?" in page.text
+    assert page.tables[0][1][0] == EVIL
+    assert page.tables[1][1][0] == name
+    assert page.tables[2] == [[EVIL, EVIL], ["\"'>", "null"]]
+    assert any(EVIL in alt for alt in page.attributes("alt"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_exists_is_left_untouched(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "r"
+    if kind == "folder":
+        target.mkdir()
+        (target / "keep").write_text("mine")
+    elif kind == "file":
+        target.write_text("mine")
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(RankwiseError, match="does not exist yet"):
+        write_report(make_plan(), [], target, title="t")
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert kind != "folder" or (target / "keep").read_text() == "mine"
+
+
+def test_failure_leaves_no_trace(tmp_path: Path, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr("rankwise.report.publish", refuse)
+    with pytest.raises(RankwiseError, match="Input/output error"):
+        write_report(make_plan(), [], tmp_path / "r", title="t")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RankwiseError, match="folder"):
+        write_report(make_plan(), [], tmp_path / "file" / "r", title="t")
+
+
+def test_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    plan = make_plan(other_bytes=5_000_000)
+    write_report(plan, make_rows(plan), tmp_path / "again", title="Tiny, half kept")
+    for path in folder.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"perplexity": "12"}, r"rows\[1\]\.perplexity"),
+        ({"weight_bytes": True}, r"rows\[1\]\.weight_bytes"),
+        ({"name": 3}, r"rows\[1\]\.name"),
+    ],
+)
+def test_wrong_kinds_are_named(tmp_path: Path, row: dict[str, Any], field: str) -> None:
+    with pytest.raises(RankwiseError, match=field):
+        write_report(make_plan(), [{}, row], tmp_path / "r", title="t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plans_edited_by_hand_are_checked(tmp_path: Path) -> None:
+    data = make_plan().to_dict()
+    data["layers"]["model.layers.0.mlp.up_proj"]["energy"] = "all"
+    with pytest.raises(RankwiseError, match=r"model\.layers\.0\.mlp\.up_proj\.energy"):
+        write_report(RankPlan.from_dict(data), [], tmp_path / "r", title="t")
+    with pytest.raises(RankwiseError, match="no layers"):
+        write_report(RankPlan({}), [], tmp_path / "r", title="t")
+
+
+def test_numbers_beyond_measure_are_called_so(tmp_path: Path, bare: None) -> None:
+    rows = [{"perplexity": 20.0, "weight_bytes": 16e9}, {"perplexity": float("inf"), "weight_bytes": 9.6e8}]
+    page = read(write_report(make_plan(), rows, tmp_path / "r", title="t"))
+    cells = dict(zip(page.tables[0][0], page.tables[0][2], strict=True))
+    assert cells["Perplexity"] == "not finite"
+    assert cells["Size"] == "0.96 GB −94.0%"
+    assert not any(picture.name == "perplexity" for picture in bar_pictures(rows))
+
+
+def test_sections_flatten_what_is_nested() -> None:
+    deep: dict[str, Any] = {"end": 1}
+    for _ in range(200):
+        deep = {"x": deep}
+    data = {"a": {"b": {"c": 1.5, "d": []}, "e": [[1], 2]}, "f": None, "g": {}, "h": "text", "i": deep}
+    flat, nested, last = sections(data)
+    assert flat == ("", [("f", "null"), ("g", "{}"), ("h", "text")])
+    assert nested == ("a", [("b.c", "1.5"), ("b.d", "[]"), ("e", "[[1], 2]")])
+    assert len(last[1]) == 1
+    assert '"end": 1' in last[1][0][1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.8, "80.0%"),
+        (1.0, "100.0%"),
+        (0.99994, "99.99%"),
+        (0.999999, "99.99%"),
+        (0.9994, "99.9%"),
+        (None, "not measured"),
+    ],
+)
+def test_share_never_rounds_a_loss_away(value: float | None, text: str) -> None:
+    assert share(value) == text
