@@ -22,8 +22,9 @@ from rankwise.alloc.curvature import collect
 from rankwise.alloc.methods import Global, Method, Uniform
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.evaluate import perplexity
-from rankwise.pipeline import compress, versions
+from rankwise.pipeline import compress
 from rankwise.progress import on_terminal
+from rankwise.provenance import versions
 from rankwise.text import read_text, take_windows, token_windows
 from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
 

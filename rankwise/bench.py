@@ -189,7 +189,7 @@ class _Runner:
     def facts(self) -> dict[str, Any]:
         import torch
 
-        from rankwise.pipeline import versions
+        from rankwise.provenance import versions
         from rankwise.zoo import disk_bytes
 
         cuda = self.device.type == "cuda"

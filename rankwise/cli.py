@@ -191,6 +191,11 @@ def main(arguments: list[str] | None = None) -> Any:
     except RankwiseError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}; a path that can be read and written is needed\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues where this one stopped\n")
         sys.exit(130)

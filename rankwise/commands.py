@@ -148,7 +148,7 @@ def demo(out: Path, ratio: float, as_json: bool) -> None:
     from rankwise.report import write_report
 
     check("out", str(out), not out.exists() or _unfinished(out), "a folder that does not exist yet")
-    text = TextConfig(samples=32, gradient_samples=16, seq_len=512, measure=0, shuffle=True)
+    text = TextConfig(samples=24, gradient_samples=12, seq_len=512, measure=0, shuffle=True)
     entries = {"uniform": Uniform(ratio, kinds=("lowrank",)), "global": Global(ratio)}
     out.mkdir(exist_ok=True)
     for name, method in entries.items():

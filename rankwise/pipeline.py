@@ -1,8 +1,5 @@
 """The pipeline: curvature → factors → plan → modules → checkpoint."""
 
-import importlib.metadata
-import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,9 @@ from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.store import FactorStore, factorize_model
-from rankwise.anatomy import block_linears, require_context, weight_of
-from rankwise.config import CompressConfig, TextConfig
-from rankwise.engine.checkpoint import save
+from rankwise.anatomy import block_linears, features, require_context, weight_of
+from rankwise.config import CompressConfig
+from rankwise.engine.checkpoint import PLAN, save
 from rankwise.engine.doors.hf import attach
 from rankwise.engine.layers import CompressedLinear, build_layer
 from rankwise.errors import RankwiseError
@@ -24,10 +21,9 @@ from rankwise.files import disk_guard, require_room
 from rankwise.jobs import Job
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
+from rankwise.provenance import identify_job, provenance, versions
 from rankwise.text import read_text, take_windows, token_windows
 from rankwise.zoo import load_model, model_dtype, resolve_device
-
-LIBRARIES = ("rankwise", "torch", "transformers", "safetensors")
 
 
 def allocate(
@@ -96,7 +92,7 @@ def compress(model: Any, plan: RankPlan, factors: FactorStore | None = None, *, 
     if store is None:
         raise RankwiseError("factors", None, "a plan read from JSON needs the factors of its model")
     linears = {name: module for block in block_linears(model) for name, module in block.items()}
-    check_plan(plan, store)
+    check_plan(plan, store.shapes)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with track("layers", len(plan.compressed)) as advance:
         for name, spec in plan.compressed.items():
@@ -110,9 +106,8 @@ def compress(model: Any, plan: RankPlan, factors: FactorStore | None = None, *, 
     return model
 
 
-def check_plan(plan: RankPlan, store: FactorStore) -> None:
+def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]]) -> None:
     """Raise a RankwiseError unless the plan names every linear layer of the model, and no other, in its shape."""
-    shapes = store.shapes
     for name, spec in plan:
         if name not in shapes:
             raise RankwiseError("plan", f"{name}: no such module", f"the model has, e.g., {next(iter(shapes))}")
@@ -135,40 +130,56 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     """
     given = RankPlan.load(config.plan) if config.plan else None
     model, tokenizer = load_model(config.model, config.dtype)
-    require_context(model, config.text.seq_len)
-    windows = _windows(config.text, tokenizer)
-    weights = model_dtype(model)
-    _require_room(config, model)
-    with (
-        Job.open(config.out, _identity(config, weights), restart=config.restart) as job,
-        disk_guard(config.out),
-    ):
+    windows = _prepare(config, given, model, tokenizer)
+    identity = identify_job(config, model_dtype(model))
+    with Job.open(config.out, identity, restart=config.restart) as job, disk_guard(config.out):
         if config.out.exists():  # the last run was killed between the rename and the cleaning up
-            job.finish()
-            return RankPlan.load(config.out / "plan.json")
-        store, curvature = _measure_factors(config, model, windows, job.folder, track)
-        plan = (
-            config.method.allocate(store, weights) if given is None else _restate(given, config.method, store, weights)
-        )
-        plan.provenance = _provenance(config, curvature, weights)
-        held_out = windows["measure"]
-        before = _perplexity(model, held_out, config.device, track)
-        compress(model, plan, store, track=track)
-        after = _perplexity(model, held_out, config.device, track)
-        if before is not None:
-            plan.provenance["measured"] = {"windows": len(held_out), "dense": before, "compressed": after}
-        plan.other_bytes = tensor_bytes(model) - plan.bytes
-        save(model, tokenizer, plan, config.out, staging=job.folder / "checkpoint")
+            plan = RankPlan.load(config.out / PLAN)
+        else:
+            plan = _work(config, given, model, tokenizer, windows, job.folder, track)
         job.finish()
     return plan
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the result."""
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
+def _prepare(config: CompressConfig, given: RankPlan | None, model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Everything that can be wrong is found before work begins; returns the windows."""
+    shapes = {name: features(m) for block in block_linears(model) for name, m in block.items()}
+    if given is None:
+        config.method.check_budget(shapes)
+    else:
+        check_plan(given, shapes)
+    resolve_device(config.device)
+    require_context(model, config.text.seq_len)
+    text = config.text
+    windows = token_windows(read_text(text.text), tokenizer, text.seq_len)
+    sizes = [text.samples, text.gradient_samples, text.measure]
+    taken = take_windows(windows, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
+    _require_room(config, model)
+    return dict(zip(("inputs", "gradients", "measure"), taken.split(sizes), strict=True))
+
+
+def _work(
+    config: CompressConfig,
+    given: RankPlan | None,
+    model: Any,
+    tokenizer: Any,
+    windows: dict[str, torch.Tensor],
+    work: Path,
+    track: Track,
+) -> RankPlan:
+    weights = model_dtype(model)
+    store, curvature = _measure_factors(config, model, windows, work, track)
+    plan = config.method.allocate(store, weights) if given is None else config.method.restate(given, store, weights)
+    plan.provenance = provenance(config, curvature.identity, weights)
+    held_out = windows["measure"]
+    before = _perplexity(model, held_out, config.device, track)
+    compress(model, plan, store, track=track)
+    after = _perplexity(model, held_out, config.device, track)
+    if before is not None:
+        plan.provenance["measured"] = {"windows": len(held_out), "dense": before, "compressed": after}
+    plan.other_bytes = tensor_bytes(model) - plan.bytes
+    save(model, tokenizer, plan, config.out, staging=work / "checkpoint")
+    return plan
 
 
 def tensor_bytes(model: Any) -> int:
@@ -190,13 +201,6 @@ def _fill(layer: CompressedLinear, kind: str, factors: tuple[torch.Tensor, torch
         layer.bias.copy_(old.bias)
 
 
-def _windows(text: TextConfig, tokenizer: Any) -> dict[str, torch.Tensor]:
-    windows = token_windows(read_text(text.text), tokenizer, text.seq_len)
-    sizes = [text.samples, text.gradient_samples, text.measure]
-    taken = take_windows(windows, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
-    return dict(zip(("inputs", "gradients", "measure"), taken.split(sizes), strict=True))
-
-
 def _measure_factors(
     config: CompressConfig, model: Any, windows: dict[str, torch.Tensor], work: Path, track: Track
 ) -> tuple[FactorStore, Curvature]:
@@ -208,38 +212,12 @@ def _measure_factors(
     return store, curvature
 
 
-def _restate(plan: RankPlan, method: Method, store: FactorStore, weights: str) -> RankPlan:
-    """A plan given by the user, with energies and losses of this model's factors."""
-    check_plan(plan, store)
-    return RankPlan({name: method.spec(name, spec.kind, spec.rank, store, weights) for name, spec in plan})
-
-
 def _perplexity(model: Any, windows: torch.Tensor, device: str, track: Track) -> float | None:
     if not len(windows):
         return None
     value = perplexity(model.to(resolve_device(device)), windows, track=track)
     model.to("cpu")
     return value
-
-
-def _identity(config: CompressConfig, weights: str) -> dict[str, Any]:
-    text = config.text
-    return {
-        "model": config.model,
-        "weights": weights,
-        "options": config.method.options(),
-        "calibration": {key: getattr(text, key) for key in text.__dataclass_fields__},
-        "plan": config.plan.read_text(encoding="utf-8") if config.plan else None,
-        "curvature": str(config.curvature) if config.curvature else None,
-    }
-
-
-def _provenance(config: CompressConfig, curvature: Curvature, weights: str) -> dict[str, Any]:
-    identity = _identity(config, weights)
-    if config.plan:
-        identity["options"] = {"method": "plan", "sides": config.method.sides}
-    del identity["plan"], identity["curvature"]
-    return {**json.loads(json.dumps(identity)), "curvature": curvature.identity, "versions": versions()}
 
 
 def _require_room(config: CompressConfig, model: Any) -> None:

@@ -70,6 +70,13 @@ class Method:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"method": self.name, **values, "kinds": list(self.kinds)}
 
+    def check_budget(self, shapes: dict[str, tuple[int, int]]) -> None:
+        """Raise a RankwiseError if the budget is out of reach whatever the spectra, before they are measured."""
+        choices = self._choices(shapes, {name: np.zeros(min(shape)) for name, shape in shapes.items()})
+        total = sum(m * n for m, n in shapes.values())
+        require_choices(choices, self.rank_multiple)
+        require_reachable(choices, self.ratio * total, total)
+
     def allocate(self, scores: Scores, weights: str = "bf16") -> RankPlan:
         """Choose a kind and a rank for every layer under the budget.
 
@@ -83,10 +90,9 @@ class Method:
         Raises:
             RankwiseError: the budget cannot be met.
         """
-        choices = self._choices(scores)
+        self.check_budget(scores.shapes)
+        choices = self._choices(scores.shapes, scores.energies)
         total = sum(m * n for m, n in scores.shapes.values())
-        require_choices(choices, self.rank_multiple)
-        require_reachable(choices, self.ratio * total, total)
         picked = tighten(choices, self._pick(choices, self.ratio * total), self.ratio * total, self.tolerance)
         require_exact(choices, picked, self.ratio * total, total, self.tolerance)
         chosen = {name: (choices[name].kind[i], int(choices[name].rank[i])) for name, i in picked.items()}
@@ -103,10 +109,14 @@ class Method:
         loss = lost / 2 if known and self.two_sided else None
         return LayerSpec(kind, m, n, rank, weights, energy=kept, loss=loss)
 
-    def _choices(self, scores: Scores) -> dict[str, Choices]:
+    def restate(self, plan: RankPlan, scores: Scores, weights: str) -> RankPlan:
+        """A plan made elsewhere, its energies and losses filled in from these factors."""
+        return RankPlan({name: self.spec(name, spec.kind, spec.rank, scores, weights) for name, spec in plan})
+
+    def _choices(self, shapes: dict[str, tuple[int, int]], energies: dict[str, np.ndarray]) -> dict[str, Choices]:
         return {
-            name: layer_choices(m, n, self._worth(scores.energies[name]), self.kinds, self.rank_multiple)
-            for name, (m, n) in scores.shapes.items()
+            name: layer_choices(m, n, self._worth(energies[name]), self.kinds, self.rank_multiple)
+            for name, (m, n) in shapes.items()
         }
 
     def _worth(self, energy: np.ndarray) -> np.ndarray:

@@ -1,0 +1,43 @@
+"""Where a result comes from. No time and no host in it, so that equal jobs give equal bytes."""
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+from rankwise.config import CompressConfig
+
+LIBRARIES = ("rankwise", "torch", "transformers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the result."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
+def identify_job(config: CompressConfig, weights: str) -> dict[str, Any]:
+    """What an interrupted job must have in common with the command that continues it."""
+    text = config.text
+    identity = {
+        "model": config.model,
+        "weights": weights,
+        "options": config.method.options(),
+        "calibration": {key: getattr(text, key) for key in text.__dataclass_fields__},
+        "plan": config.plan.read_text(encoding="utf-8") if config.plan else None,
+        "curvature": str(config.curvature) if config.curvature else None,
+    }
+    return dict(json.loads(json.dumps(identity)))
+
+
+def provenance(config: CompressConfig, curvature: dict[str, Any], weights: str) -> dict[str, Any]:
+    """What plan.json says of a plan's making.
+
+    Args:
+        config: the command.
+        curvature: identity of the second moments.
+        weights: how numbers are stored.
+    """
+    job = identify_job(config, weights)
+    options = {"method": "plan", "sides": config.method.sides} if config.plan else job["options"]
+    facts = {"model": job["model"], "weights": weights, "options": options, "calibration": job["calibration"]}
+    return {**facts, "curvature": curvature, "versions": versions()}

@@ -1,0 +1,409 @@
+"""Factors against explicit singular value decompositions in the metric of the curvature, in fp64."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankwise.alloc.factors import DAMPING, Factors, factorize, pivot_form
+from rankwise.errors import RankwiseError
+from rankwise.kernels import pivot_linear
+
+SHAPES = [pytest.param(m, n, id=f"{m}x{n}") for m, n in [(12, 20), (16, 16), (20, 12), (1, 8), (8, 1), (1, 1)]]
+SIDES = pytest.mark.parametrize("two", [False, True], ids=["one-sided", "two-sided"])
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)), dtype=torch.float64)
+
+
+def moments(size: int, tokens: int = 400, seed: int = 1) -> torch.Tensor:
+    """`E[x xᵀ]` of correlated inputs whose channels differ a hundredfold in size."""
+    x = draw(tokens, size, seed=seed) * torch.logspace(-1, 1, size, dtype=torch.float64)
+    return (
+        x.T @ (x @ draw(size, size, seed=seed) @ draw(size, size, seed=seed).T) / tokens if False else x.T @ x / tokens
+    )
+
+
+@dataclass
+class Problem:
+    """A weight and its curvature; `f` is None if one-sided."""
+
+    w: torch.Tensor
+    c: torch.Tensor
+    f: torch.Tensor | None
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.w.shape)
+
+    def factors(self) -> Factors:
+        return factorize(self.w, self.c, self.f)
+
+    def roots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left and right factor of the metric: any L with `L Lᵀ` equal to the damped moments will do."""
+        left = torch.eye(len(self.w), dtype=torch.float64) if self.f is None else cholesky(self.f).T
+        return left, cholesky(self.c)
+
+    def error(self, approximation: torch.Tensor) -> float:
+        """Squared error in the metric."""
+        left, right = self.roots()
+        return float((left @ (self.w - approximation.double()) @ right).square().sum())
+
+    def best(self) -> torch.Tensor:
+        """Squared singular values in the metric: the loss of rank k is the sum of what lies behind k."""
+        left, right = self.roots()
+        return torch.linalg.svdvals(left @ self.w @ right).square()
+
+
+def cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Of the damped matrix, as factorize documents the damping."""
+    size = len(matrix)
+    return torch.linalg.cholesky(matrix + DAMPING * matrix.diagonal().mean() * torch.eye(size, dtype=torch.float64))
+
+
+def problem(m: int, n: int, two: bool, seed: int = 0) -> Problem:
+    turn = torch.linalg.qr(draw(n, n, seed=seed + 3)).Q
+    return Problem(draw(m, n, seed=seed), turn @ moments(n) @ turn.T, moments(m, seed=5) if two else None)
+
+
+def product(factors: Factors, rank: int) -> torch.Tensor:
+    return factors.u[:, :rank].double() @ factors.v[:rank].double()
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# --- the optimum ------------------------------------------------------------------------------------------------------
+
+
+@SIDES
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_every_rank_is_as_good_as_the_explicit_optimum(m: int, n: int, two: bool) -> None:
+    task = problem(m, n, two)
+    factors, best = task.factors(), task.best()
+    for rank in range(task.full_rank + 1):
+        optimum = float(best[rank:].sum())
+        assert task.error(product(factors, rank)) == pytest.approx(optimum, rel=1e-5, abs=1e-10 * float(best.sum()))
+
+
+@SIDES
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_energy_is_the_squared_singular_values(m: int, n: int, two: bool) -> None:
+    task = problem(m, n, two)
+    energy, best = task.factors().energy, task.best()
+    assert energy.dtype == torch.float64
+    assert torch.allclose(energy, best, rtol=1e-8, atol=1e-12 * float(best[0]))
+    undamped = torch.linalg.svdvals(
+        (torch.eye(m, dtype=torch.float64) if task.f is None else torch.linalg.cholesky(task.f).T)
+        @ task.w
+        @ torch.linalg.cholesky(task.c)
+    ).square()
+    assert torch.allclose(energy, undamped, rtol=1e-2)  # the damping is small, also for the quiet directions
+    assert float(energy[0]) == pytest.approx(float(undamped[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+def test_one_sided_is_whitening(m: int, n: int) -> None:
+    task = problem(m, n, two=False)
+    factors, whitener = task.factors(), cholesky(task.c)
+    left, values, right = torch.linalg.svd(task.w @ whitener, full_matrices=False)
+    for rank in (1, 5, 9):
+        expected = (left[:, :rank] * values[:rank]) @ right[:rank] @ torch.linalg.inv(whitener)
+        assert relative_error(product(factors, rank), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+def test_two_sided_is_whitening_on_both_sides(m: int, n: int) -> None:
+    task = problem(m, n, two=True)
+    factors, (left_root, right_root) = task.factors(), task.roots()
+    left, values, right = torch.linalg.svd(left_root @ task.w @ right_root, full_matrices=False)
+    for rank in (1, 5, 9):
+        middle = (left[:, :rank] * values[:rank]) @ right[:rank]
+        expected = torch.linalg.inv(left_root) @ middle @ torch.linalg.inv(right_root)
+        assert relative_error(product(factors, rank), expected) < 1e-5
+
+
+def test_identity_metric_is_the_plain_decomposition() -> None:
+    w = draw(10, 14)
+    for outputs in (None, torch.eye(10)):
+        factors = factorize(w, torch.eye(14), outputs)
+        left, values, right = torch.linalg.svd(w, full_matrices=False)
+        assert torch.allclose(factors.energy, values.square(), rtol=1e-5)
+        assert relative_error(product(factors, 4), (left[:, :4] * values[:4]) @ right[:4]) < 1e-5
+
+
+def test_two_sided_reduces_to_one_sided_where_outputs_are_alike() -> None:
+    task = problem(12, 20, two=False)
+    one, two = task.factors(), factorize(task.w, task.c, 4 * torch.eye(12))
+    assert torch.allclose(two.energy, 4 * one.energy, rtol=1e-5)
+    assert relative_error(product(two, 5), product(one, 5)) < 1e-5
+
+
+@SIDES
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_full_rank_gives_the_weight_back(m: int, n: int, two: bool) -> None:
+    task = problem(m, n, two)
+    factors = task.factors()
+    assert factors.u.shape == (m, min(m, n))
+    assert factors.v.shape == (min(m, n), n)
+    assert relative_error(product(factors, min(m, n)), task.w) < 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 10), st.integers(2, 10), st.booleans(), st.integers(0, 1000), st.data())
+def test_no_other_projection_of_that_rank_is_better(m: int, n: int, two: bool, seed: int, data: st.DataObject) -> None:
+    task = problem(m, n, two, seed)
+    rank = data.draw(st.integers(1, min(m, n)))
+    ours = task.error(product(task.factors(), rank))
+    slack = 1e-6 * float(task.best().sum())
+    left, right = task.roots()
+    inside = left @ task.w @ right
+    rows, columns = (torch.linalg.qr(draw(size, rank, seed=seed + 1)).Q for size in (m, n))
+    undo_left, undo_right = torch.linalg.inv(left), torch.linalg.inv(right)
+    assert ours <= task.error(undo_left @ rows @ rows.T @ inside @ undo_right) + slack
+    assert ours <= task.error(undo_left @ inside @ columns @ columns.T @ undo_right) + slack
+    basis = torch.linalg.svd(task.w, full_matrices=False)
+    assert ours <= task.error((basis.U[:, :rank] * basis.S[:rank]) @ basis.Vh[:rank]) + slack  # plain truncation
+
+
+@SIDES
+def test_factors_share_the_norm_of_a_component(two: bool) -> None:
+    factors = problem(12, 20, two).factors()
+    assert torch.allclose(factors.u.norm(dim=0), factors.v.norm(dim=1), rtol=1e-4)
+
+
+# --- inputs that real models bring ------------------------------------------------------------------------------------
+
+
+@SIDES
+@pytest.mark.parametrize("scale", [1e12, 1e-12])
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+def test_scale_of_the_curvature_does_not_matter(m: int, n: int, scale: float, two: bool) -> None:
+    task = problem(m, n, two)
+    factors = task.factors()
+    scaled = Problem(task.w, task.c * scale, None if task.f is None else task.f * scale).factors()
+    for rank in range(1, task.full_rank + 1):
+        assert relative_error(product(scaled, rank), product(factors, rank)) < 1e-5
+    assert torch.allclose(scaled.u.norm(dim=0), factors.u.norm(dim=0), rtol=1e-4)
+    assert torch.allclose(scaled.energy / scale ** (2 if two else 1), factors.energy, rtol=1e-7)
+
+
+@SIDES
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+@pytest.mark.parametrize("case", ["dead-channels", "few-tokens", "outlier-channels"])
+def test_singular_curvature_is_as_good_as_any(case: str, m: int, n: int, two: bool) -> None:
+    task = problem(m, n, two)
+    if case == "dead-channels":
+        for matrix in [task.c] if task.f is None else [task.c, task.f]:
+            matrix[:, 2:5] = 0
+            matrix[2:5] = 0
+    elif case == "few-tokens":
+        x, g = draw(4, n), draw(3, m)
+        task.c, task.f = x.T @ x / 4, g.T @ g / 3 if two else None
+    else:
+        scale = torch.ones(n, dtype=torch.float64)
+        scale[:2] = 1000
+        task.c = task.c * scale * scale[:, None]
+    factors, best = task.factors(), task.best()
+    assert torch.isfinite(factors.energy).all()
+    assert torch.isfinite(factors.u).all()
+    assert torch.isfinite(factors.v).all()
+    assert relative_error(product(factors, task.full_rank), task.w) < 1e-5
+    for rank in range(task.full_rank):
+        optimum = float(best[rank:].sum())
+        assert task.error(product(factors, rank)) == pytest.approx(optimum, rel=1e-3, abs=1e-9 * float(best.sum()))
+
+
+@SIDES
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+def test_weight_of_low_rank_is_found_out(m: int, n: int, two: bool) -> None:
+    task = problem(m, n, two)
+    task.w = draw(m, 5) @ draw(5, n)
+    factors = task.factors()
+    assert float(factors.energy[5:].sum()) < 1e-12 * float(factors.energy.sum())
+    assert float(factors.energy[4]) > 1e-9 * float(factors.energy[0])
+    assert relative_error(product(factors, 5), task.w) < 1e-6
+    assert relative_error(product(factors, task.full_rank), task.w) < 1e-6
+
+
+@SIDES
+@pytest.mark.parametrize(("m", "n"), [(6, 9), (9, 6)])
+def test_zero_weight(m: int, n: int, two: bool) -> None:
+    task = problem(m, n, two)
+    task.w = torch.zeros(m, n, dtype=torch.float64)
+    factors = task.factors()
+    assert not product(factors, 6).any()
+    assert not factors.energy.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (20, 12)])
+def test_stored_weights_are_factored_exactly(m: int, n: int, dtype: torch.dtype) -> None:
+    task = problem(m, n, two=True)
+    stored = task.w.to(dtype)
+    factors = factorize(stored, task.c.float(), None if task.f is None else task.f.float())
+    assert factors.u.dtype == factors.v.dtype == torch.float32
+    assert relative_error(product(factors, 12), stored) < 1e-6  # nothing is lost beyond fp32 rounding
+    exact = Problem(stored.double(), task.c.float().double(), None if task.f is None else task.f.float().double())
+    assert torch.allclose(factors.energy, exact.best(), rtol=1e-7)
+
+
+@pytest.mark.parametrize("zero", ["inputs", "outputs", "both"])
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+def test_a_layer_never_reached_has_infinite_energy(m: int, n: int, zero: str) -> None:
+    task = problem(m, n, two=True)
+    assert task.f is not None
+    if zero in ("inputs", "both"):
+        task.c = torch.zeros_like(task.c)
+    if zero in ("outputs", "both"):
+        task.f = torch.zeros_like(task.f)
+    factors = task.factors()
+    assert torch.equal(factors.energy, torch.full((min(m, n),), torch.inf, dtype=torch.float64))
+    assert relative_error(product(factors, min(m, n)), task.w) < 1e-6
+    if zero == "both":  # the plain metric
+        left, values, right = torch.linalg.svd(task.w, full_matrices=False)
+        assert relative_error(product(factors, 4), (left[:, :4] * values[:4]) @ right[:4]) < 1e-6
+
+
+def test_zero_inputs_one_sided() -> None:
+    w = draw(8, 12)
+    factors = factorize(w, torch.zeros(12, 12))
+    assert torch.isinf(factors.energy).all()
+    left, values, right = torch.linalg.svd(w, full_matrices=False)
+    assert relative_error(product(factors, 3), (left[:, :3] * values[:3]) @ right[:3]) < 1e-6
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("side", "named"), [("inputs", "input moments"), ("outputs", "output-gradient moments")])
+@pytest.mark.parametrize(("m", "n"), [(6, 9), (9, 6)])
+def test_numbers_that_are_none_name_the_side(m: int, n: int, side: str, named: str, value: float) -> None:
+    task = problem(m, n, two=True)
+    assert task.f is not None
+    (task.c if side == "inputs" else task.f)[1, 2] = value
+    with pytest.raises(RankwiseError, match="NaN or Inf") as caught:
+        task.factors()
+    assert caught.value.field == named
+
+
+@pytest.mark.parametrize("spectrum", ["one-negative", "all-negative", "trace-zero", "small-negative"])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (8, 12), (12, 8)])
+def test_indefinite_moments_are_refused(m: int, n: int, side: str, spectrum: str) -> None:
+    task = problem(m, n, two=True)
+    size = n if side == "inputs" else m
+    values = {
+        "one-negative": torch.cat([-2 * torch.ones(1), torch.ones(size - 1)]),
+        "all-negative": -5 * torch.ones(size),
+        "trace-zero": torch.tensor([1.0, -1.0]).repeat(size)[:size],
+        "small-negative": -0.5 * torch.ones(size),
+    }[spectrum].double()
+    turn = torch.linalg.qr(draw(size, size, seed=9)).Q
+    bad = (turn * values) @ turn.T
+    inputs, outputs = (bad, task.f) if side == "inputs" else (task.c, bad)
+    with pytest.raises(RankwiseError, match="indefinite"):
+        factorize(task.w, inputs, outputs)
+
+
+@SIDES
+def test_negative_rounding_errors_pass(two: bool) -> None:
+    task = problem(8, 12, two)
+    x = draw(3, 12).float()
+    task.c = (x.T @ x / 3).double()
+    task.c -= 1e-7 * task.c.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    assert float(torch.linalg.eigvalsh(task.c)[0]) < 0
+    assert relative_error(product(task.factors(), 8), task.w) < 1e-5
+
+
+# --- pivots -----------------------------------------------------------------------------------------------------------
+
+
+def dense(index: torch.Tensor, basis: torch.Tensor, coeff: torch.Tensor) -> torch.Tensor:
+    """The weight that the three tensors stand for, row by row."""
+    rank, rows = len(basis), []
+    for entry in index.tolist():
+        rows.append(basis[entry] if entry < rank else coeff[entry - rank].double() @ basis.double())
+    return torch.stack([row.double() for row in rows])
+
+
+@pytest.mark.parametrize(("m", "rank"), [(40, 8), (40, 39), (40, 1), (2, 1), (100, 60)])
+def test_pivot_form_loses_nothing(m: int, rank: int) -> None:
+    u, v = draw(m, rank), draw(rank, 30)
+    index, basis, coeff = pivot_form(u, v)
+    assert (index.dtype, basis.dtype, coeff.dtype) == (torch.int32, torch.float32, torch.float32)
+    assert sorted(index.tolist()) == list(range(m))
+    assert basis.shape == (rank, 30)
+    assert coeff.shape == (m - rank, rank)
+    assert relative_error(dense(index, basis, coeff), u @ v) < 3e-7  # fp32 is what they are stored in
+    assert float(coeff.abs().max()) < 3
+    x = draw(5, 30)
+    assert relative_error(pivot_linear(x, index, basis.double(), coeff.double()), x @ (u @ v).T) < 1e-6
+
+
+def test_pivot_rows_are_rows_of_the_product() -> None:
+    u, v = draw(20, 6), draw(6, 15)
+    index, basis, _ = pivot_form(u, v)
+    pivots = [row for row, entry in enumerate(index.tolist()) if entry < 6]
+    assert pivots == sorted(pivots)
+    assert torch.equal(basis, (u[pivots] @ v).float())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_pivot_form_of_dependent_columns(rank: int) -> None:
+    u, v = draw(30, rank) @ draw(rank, 8), draw(8, 25)
+    index, basis, coeff = pivot_form(u, v)
+    assert relative_error(dense(index, basis, coeff), u @ v) < 1e-6
+    assert torch.isfinite(coeff).all()
+    assert float(coeff.abs().max()) < 3
+
+
+@pytest.mark.parametrize("small", [1e-6, 1e-9, 1e-11, 1e-13])
+def test_pivot_form_of_nearly_dependent_columns(small: float) -> None:
+    u, v = draw(30, 8), draw(8, 25)
+    u[:, 3] = u[:, 4] + small * u[:, 3]
+    index, basis, coeff = pivot_form(u, v)
+    assert relative_error(dense(index, basis, coeff), u @ v) < 1e-6
+    assert float(coeff.abs().max()) < 3
+
+
+def test_pivot_form_with_zero_and_equal_rows() -> None:
+    u, v = draw(20, 5), draw(5, 9)
+    u[3], u[4], u[17] = 0, u[9], -2 * u[9]
+    index, basis, coeff = pivot_form(u, v)
+    weight = dense(index, basis, coeff)
+    assert relative_error(weight, u @ v) < 1e-6
+    assert float(weight[3].norm()) < 1e-6
+    assert torch.allclose(weight[17], -2 * weight[4], atol=1e-5)
+
+
+def test_pivot_form_of_zero() -> None:
+    index, basis, coeff = pivot_form(torch.zeros(6, 2), torch.zeros(2, 3))
+    assert sorted(index.tolist()) == list(range(6))
+    assert not dense(index, basis, coeff).any()
+
+
+def test_pivot_coefficients_stay_moderate_where_elimination_grows() -> None:
+    u = torch.tril(-torch.ones(60, 40, dtype=torch.float64), -1) + torch.eye(60, 40, dtype=torch.float64)
+    index, basis, coeff = pivot_form(u, torch.eye(40, dtype=torch.float64))
+    assert relative_error(dense(index, basis, coeff), u) < 1e-6
+    assert float(coeff.abs().max()) < 10
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 25), st.integers(1, 25), st.integers(0, 1000), st.data())
+def test_pivot_form_of_anything(m: int, n: int, seed: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, m - 1))
+    true_rank = data.draw(st.integers(1, rank))
+    scale = 10.0 ** data.draw(st.integers(-6, 6))
+    u, v = scale * draw(m, true_rank, seed=seed) @ draw(true_rank, rank, seed=seed), draw(rank, n, seed=seed)
+    index, basis, coeff = pivot_form(u, v)
+    assert sorted(index.tolist()) == list(range(m))
+    assert relative_error(dense(index, basis, coeff), u @ v) < 1e-5
+    assert float(np.abs(coeff.numpy()).max()) < 50

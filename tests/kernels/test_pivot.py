@@ -1,0 +1,67 @@
+"""Pivot layers equal the dense product that they stand for."""
+
+from math import prod
+
+import pytest
+import torch
+
+from rankwise.kernels import pivot_linear
+
+M, N, K = 12, 9, 4
+LEADING = [pytest.param(shape, id="x".join(map(str, (*shape, N)))) for shape in [(), (5,), (2, 3), (0,), (2, 1, 3)]]
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(prod(shape) + len(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def layer(rank: int = K, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight whose rows are put together one by one, and the three tensors that describe it."""
+    basis, coeff = draw(rank, N), draw(M - rank, rank)
+    index = torch.randperm(M, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    rows = []
+    for entry in index.tolist():
+        rows.append(basis[entry] if entry < rank else sum(coeff[entry - rank, j] * basis[j] for j in range(rank)))
+    return torch.stack(rows), index, basis, coeff
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_equals_the_dense_product(dtype: torch.dtype, leading: tuple[int, ...], with_bias: bool) -> None:
+    weight, index, basis, coeff = layer()
+    x, bias = draw(*leading, N, dtype=dtype), draw(M, dtype=dtype) if with_bias else None
+    y = pivot_linear(x, index, basis.to(dtype), coeff.to(dtype), bias)
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    assert y.dtype == dtype
+    assert y.shape == (*leading, M)
+    assert relative_error(y, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_rank_and_any_order_of_rows(rank: int, seed: int) -> None:
+    weight, index, basis, coeff = layer(rank, seed)
+    assert relative_error(pivot_linear(draw(5, N), index, basis, coeff), draw(5, N) @ weight.T) < 1e-13
+
+
+def test_gradient_reaches_the_input() -> None:
+    weight, index, basis, coeff = layer()
+    x, weights = draw(3, N).requires_grad_(), draw(3, M)
+    (pivot_linear(x, index, basis, coeff, draw(M)) * weights).sum().backward()
+    assert x.grad is not None
+    assert relative_error(x.grad, weights @ weight) < 1e-13
+
+
+def test_inputs_stay_as_they_are() -> None:
+    _, index, basis, coeff = layer()
+    tensors = [draw(3, N), index, basis, coeff, draw(M)]
+    copies = [tensor.clone() for tensor in tensors]
+    pivot_linear(*tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))

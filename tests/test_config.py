@@ -1,0 +1,90 @@
+"""Options are checked when they are made."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.alloc.methods import Global
+from rankwise.config import CompressConfig, TextConfig, check_count, check_fraction
+from rankwise.errors import RankwiseError
+from rankwise.jobs import Job
+
+LOWEST = {"samples": 1, "gradient_samples": 1, "seq_len": 2, "measure": 0, "seed": 0}
+NO_NUMBERS = [
+    pytest.param(1.0, id="float"),
+    pytest.param("4", id="text"),
+    pytest.param(None, id="none"),
+    pytest.param(True, id="bool"),
+    pytest.param(math.nan, id="nan"),
+]
+
+
+@pytest.mark.parametrize("field", LOWEST)
+def test_text_counts_have_a_lowest_value(field: str) -> None:
+    lowest = LOWEST[field]
+    assert getattr(TextConfig(**{field: lowest}), field) == lowest
+    with pytest.raises(RankwiseError, match=f"^{field}: {lowest - 1}; .*whole number from {lowest}$"):
+        TextConfig(**{field: lowest - 1})
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("field", LOWEST)
+def test_text_counts_are_whole_numbers(field: str, value: Any) -> None:
+    with pytest.raises(RankwiseError) as caught:
+        TextConfig(**{field: value})
+    assert caught.value.field == field
+
+
+def test_options_cannot_change_after_the_check() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TextConfig().samples = 0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [1e-9, 0.5, 1, 1.0])
+def test_fractions_above_zero_up_to_one_pass(value: float) -> None:
+    check_fraction("ratio", value)
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, -math.inf, "0.5", None, True, False, [0.5]]
+)
+def test_other_fractions_are_refused(value: Any) -> None:
+    with pytest.raises(RankwiseError, match=r"^ratio: .*above 0 and at most 1$"):
+        check_fraction("ratio", value)
+
+
+def test_counts_accept_their_lowest_value() -> None:
+    check_count("rank", 1, 1)
+    with pytest.raises(RankwiseError, match=r"^rank: 0; allowed: a whole number from 1$"):
+        check_count("rank", 0, 1)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16", "fp32"])
+def test_known_dtypes_pass(dtype: str, tmp_path: Path) -> None:
+    assert CompressConfig("model", tmp_path / "out", Global(), dtype=dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "", None])
+def test_other_dtypes_are_refused(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError, match=r"^dtype: .*auto, bf16, fp16, fp32$"):
+        CompressConfig("model", tmp_path / "out", Global(), dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_nothing_that_exists_is_overwritten(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir() if kind == "folder" else out.write_text("mine")
+    with pytest.raises(RankwiseError, match=r"^out: .*does not exist yet"):
+        CompressConfig("model", out, Global())
+
+
+def test_a_result_whose_work_folder_was_not_cleaned_up_can_be_finished(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InterruptedError), Job.open(tmp_path / "out", {}):
+        raise InterruptedError
+    assert CompressConfig("model", tmp_path / "out", Global()).out == tmp_path / "out"
+    with pytest.raises(RankwiseError, match=r"^out: "):
+        CompressConfig("model", tmp_path / "out", Global(), restart=True)
