@@ -91,7 +91,8 @@ def measure(
 
 def identity(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """What every row of a run carries."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
     keys = ("model", "samples", "gradient_samples", "seq_len", "windows")
     texts = {"train": Path(options.train).name, "test": Path(options.test).name}
     facts = {"bench": "quality", "commit": commit.stdout.strip(), "device": "cpu", "dtype": dtype}

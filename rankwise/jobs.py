@@ -74,13 +74,12 @@ class Job:
                 job._claim(identity, restart=restart)
                 yield job
             finally:
-                if not (folder / JOB).exists():
-                    shutil.rmtree(folder, ignore_errors=True)
+                if not any(entry.name not in (LOCK, JOB) for entry in folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)  # finished, or failed before any work was done
 
     def finish(self) -> None:
         """Remove the work; the result is in place. The job's name goes last, so that a kill here is no error."""
         self._clear(keep=(LOCK, JOB))
-        (self.folder / JOB).unlink()
 
     def _clear(self, keep: tuple[str, ...]) -> None:
         for entry in self.folder.iterdir():
