@@ -18,10 +18,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         RankwiseError: the model has no decoder, or is not a causal language model.
     """
-    config = getattr(model, "config", None)
-    names = getattr(config, "architectures", None) or [type(model).__name__]
-    if getattr(config, "is_encoder_decoder", False) or not any(CAUSAL.search(name) for name in names):
-        raise RankwiseError("model", ", ".join(names), "a causal language model with decoder blocks is needed")
+    require_causal(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -31,6 +28,14 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise RankwiseError("model", type(model).__name__, "no list of decoder blocks made of linear layers in it")
     return max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
+
+
+def require_causal(model: nn.Module) -> None:
+    """Raise a RankwiseError unless the model is a causal language model, by the architecture its config names."""
+    config = getattr(model, "config", None)
+    names = getattr(config, "architectures", None) or [type(model).__name__]
+    if getattr(config, "is_encoder_decoder", False) or not any(CAUSAL.search(name) for name in names):
+        raise RankwiseError("model", ", ".join(names), "a causal language model with decoder blocks is needed")
 
 
 def block_linears(model: nn.Module) -> list[dict[str, nn.Module]]:
@@ -58,11 +63,11 @@ def block_linears(model: nn.Module) -> list[dict[str, nn.Module]]:
     return result
 
 
-def require_context(model: Any, seq_len: int) -> None:
-    """Raise a RankwiseError if windows of `seq_len` tokens are longer than the model's context."""
+def require_context(model: Any, seq_len: int, field: str = "seq_len") -> None:
+    """Raise a RankwiseError if `seq_len` tokens are more than the model's context."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and seq_len > longest:
-        raise RankwiseError("seq_len", seq_len, f"allowed: at most {longest}, the model's context")
+        raise RankwiseError(field, seq_len, f"allowed: at most {longest}, the model's context")
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:

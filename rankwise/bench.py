@@ -117,7 +117,7 @@ class _Worker:
             if what:
                 self.pipe.send(what)
             answer = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise RankwiseError("model", self.name, "its process died, most likely for want of memory") from None
         if isinstance(answer, tuple):
             raise RankwiseError(*answer)
@@ -148,10 +148,12 @@ class _Runner:
     def __init__(self, name: str, config: BenchConfig) -> None:
         import torch
 
+        from rankwise.anatomy import require_context
         from rankwise.zoo import load_model, model_dtype, resolve_device
 
         self.name, self.config, self.device = name, config, resolve_device(config.device)
         model, tokenizer = load_model(name, config.dtype, config.device)
+        require_context(model, config.prompt + config.new_tokens, "prompt and new_tokens")
         self.model, self.dtype = model, model_dtype(model)
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch, config.prompt)
@@ -162,9 +164,12 @@ class _Runner:
 
     def _gate(self) -> None:
         """Logits are finite, and the same with and without the KV cache."""
-        cached = self.model(input_ids=self.prompt[:, :-1], use_cache=True)
-        step = self.model(input_ids=self.prompt[:, -1:], past_key_values=cached.past_key_values, use_cache=True)
-        full = self.model(input_ids=self.prompt, use_cache=False).logits[:, -1].float()
+        import torch
+
+        last = self.prompt[:, :1]
+        cached = self.model(input_ids=self.prompt, use_cache=True)
+        step = self.model(input_ids=last, past_key_values=cached.past_key_values, use_cache=True)
+        full = self.model(input_ids=torch.cat([self.prompt, last], dim=1), use_cache=False).logits[:, -1].float()
         error = float((step.logits[:, -1].float() - full).norm() / full.norm())
         if not error < CACHE_ERROR:
             raise RankwiseError(

@@ -27,6 +27,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bf16, fp16 or fp32.")]
 Seed = Annotated[int, typer.Option(help="Fixes everything drawn at random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the only line of stdout.")]
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
 TEST_TEXT = "embedded:python-docs-test"
 
 
@@ -44,7 +45,7 @@ def compress(
         str, typer.Option(help="Text: .txt, .jsonl, embedded:python-docs, wikitext2, c4.")
     ] = "embedded:python-docs",
     samples: Annotated[int, typer.Option(help="Windows for the second moments of inputs.")] = 64,
-    gradient_samples: Annotated[int, typer.Option(help="Windows for those of output gradients.")] = 24,
+    gradient_samples: Annotated[int, typer.Option(help="Windows for those of output gradients.")] = 16,
     measure: Annotated[int, typer.Option(help="Held-out windows for perplexity before and after; 0: none.")] = 4,
     seq_len: SeqLen = 1024,
     shuffle: Annotated[bool, typer.Option(help="Draw the windows from all over the text, as --seed says.")] = False,
@@ -196,9 +197,10 @@ def main(arguments: list[str] | None = None) -> Any:
             raise
         sys.stderr.write(f"error: {error.filename}: {error.strerror}; a path that can be read and written is needed\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues where this one stopped\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            sys.stderr.write("interrupted; the same command continues where this one stopped\n")
+        raise
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from rankwise import bench as speed
 from rankwise import console
 from rankwise.anatomy import require_context
-from rankwise.config import CompressConfig, TextConfig, check, check_count
+from rankwise.config import CompressConfig, TextConfig, check, check_count, check_seed
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
 from rankwise.engine.checkpoint import verify as verify_checkpoint
 from rankwise.errors import RankwiseError
@@ -36,7 +36,8 @@ def compress(config: CompressConfig, as_json: bool) -> None:
     console.show(f"{config.out}: {plan.ratio:.2%} of the linear layers kept ({kinds}), {size / 1e6:.1f} MB")
     if measured:
         windows = f"{measured['windows']} held-out windows of the calibration text"
-        console.show(f"perplexity {measured['dense']:.2f} → {measured['compressed']:.2f} on {windows}")
+        before, after = (console.number(measured[key], ".2f") for key in ("dense", "compressed"))
+        console.show(f"perplexity {before} → {after} on {windows}")
     if as_json:
         console.print_json(facts)
 
@@ -85,6 +86,7 @@ def generate(
     check("temperature", temperature, 0 <= temperature < float("inf"), "0 or more")
     check("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
     check("prompt", prompt, bool(prompt), "some text")
+    check_seed(seed)
     model, tokenizer = load_model(source, dtype, device)
     if chat and not tokenizer.chat_template:
         raise RankwiseError("chat", source, "its tokenizer has no chat template; leave --chat out")
@@ -92,6 +94,8 @@ def generate(
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    length = inputs["input_ids"].shape[1] + max_tokens
+    require_context(model, length, "prompt and max_tokens")
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
@@ -150,7 +154,6 @@ def demo(out: Path, ratio: float, as_json: bool) -> None:
     check("out", str(out), not out.exists() or _unfinished(out), "a folder that does not exist yet")
     text = TextConfig(samples=24, gradient_samples=12, seq_len=512, measure=0, shuffle=True)
     entries = {"uniform": Uniform(ratio, kinds=("lowrank",)), "global": Global(ratio)}
-    out.mkdir(exist_ok=True)
     for name, method in entries.items():
         if not (out / name).exists():
             console.show(f"compress {EMBEDDED} with --method {name} --ratio {ratio:g}")

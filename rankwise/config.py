@@ -1,6 +1,7 @@
 """Options as dataclasses, checked when they are made."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ def check_count(name: str, value: Any, lowest: int) -> None:
     """`value` must be a whole number from `lowest`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     check(name, value, whole and value >= lowest, f"a whole number from {lowest}")
+
+
+def check_seed(value: Any) -> None:
+    """`value` must be a whole number from 0 that fits 32 bits."""
+    check_count("seed", value, 0)
+    check("seed", value, value < 2**32, f"0 to {2**32 - 1}")
 
 
 def check_fraction(name: str, value: Any) -> None:
@@ -50,7 +57,7 @@ class TextConfig:
 
     text: str = EMBEDDED_TEXT
     samples: int = 64
-    gradient_samples: int = 24
+    gradient_samples: int = 16
     seq_len: int = 1024
     measure: int = 4
     shuffle: bool = False
@@ -61,7 +68,7 @@ class TextConfig:
         check_count("gradient_samples", self.gradient_samples, 1)
         check_count("seq_len", self.seq_len, 2)
         check_count("measure", self.measure, 0)
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -92,5 +99,5 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         check("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
-        free = not self.out.exists() or (is_unfinished(self.out) and not self.restart)
+        free = not os.path.lexists(self.out) or (is_unfinished(self.out) and not self.restart)
         check("out", str(self.out), free, "a folder that does not exist yet")

@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from rankwise.files import json_ready
 from rankwise.plan import RankPlan
 
 Column = tuple[str, str, str]  # key, heading, format
-WIDE = 180  # columns for files and pipes, so that nothing is cut there
+WIDE = 1000  # columns for files and pipes, so that nothing is cut there
 MODEL_COLUMNS: tuple[Column, ...] = (
     ("name", "model", ""),
     ("ratio", "kept", ".1%"),
@@ -28,7 +30,7 @@ MODEL_COLUMNS: tuple[Column, ...] = (
 
 def show(text: str) -> None:
     """One line for people."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, emoji=False)
 
 
 def model_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -62,22 +64,23 @@ def plan_row(name: str, plan: RankPlan) -> dict[str, Any]:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """One JSON object on one line of stdout."""
-    sys.stdout.write(json.dumps(data, sort_keys=True) + "\n")
+    """One JSON object on one line of stdout; numbers that JSON cannot say (NaN, infinities) become null."""
+    sys.stdout.write(json.dumps(json_ready(data), sort_keys=True, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
 def _print(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title, style="bold"), title_justify="left")
     for _, heading, form in columns:
         table.add_column(heading, justify="right" if form else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(row.get(key), form) for key, _, form in columns))
+        table.add_row(*(Text(number(row.get(key), form)) for key, _, form in columns))
     width = None if sys.stderr.isatty() else WIDE
-    Console(stderr=True, highlight=False, width=width).print(table)
+    Console(stderr=True, highlight=False, width=width).print(table, emoji=False)
 
 
-def _cell(value: Any, form: str) -> str:
+def number(value: Any, form: str) -> str:
+    """A value in a format; a dash for None, megabytes for the format `MB`."""
     if value is None:
         return "–"
     if form == "MB":

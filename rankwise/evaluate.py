@@ -8,6 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from rankwise.progress import Track, silent
 
+LARGEST = 700.0  # nats a token; exp of more overflows
+
 
 @torch.no_grad()
 def perplexity(model: Any, windows: torch.Tensor, *, track: Track = silent) -> float:
@@ -19,7 +21,7 @@ def perplexity(model: Any, windows: torch.Tensor, *, track: Track = silent) -> f
         track: progress.
 
     Returns:
-        Perplexity (no unit); logits are reduced in fp32 whatever the model's dtype.
+        Perplexity (no unit; NaN if the logits hold one); logits are reduced in fp32 whatever the model's dtype.
     """
     device = next(model.parameters()).device
     total = 0.0
@@ -29,4 +31,5 @@ def perplexity(model: Any, windows: torch.Tensor, *, track: Track = silent) -> f
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             total += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
             advance()
-    return math.exp(total / (windows.numel() - len(windows)))
+    mean = total / (windows.numel() - len(windows))
+    return math.inf if mean >= LARGEST else math.exp(mean)

@@ -3,9 +3,11 @@
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,15 @@ from safetensors.torch import save_file
 from rankwise.errors import RankwiseError
 
 CHECKSUMS = "SHA256SUMS"  # the format of coreutils: `sha256sum -c SHA256SUMS` works in the folder
+CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 
 
 def is_disk_full(error: BaseException) -> bool:
     """True if `error` says that a disk (or a quota) has no room left."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return isinstance(error, SafetensorError) and "No space left" in str(error)
+    messages = ("No space left", "quota exceeded", "File too large")
+    return isinstance(error, SafetensorError) and any(text in str(error) for text in messages)
 
 
 @contextmanager
@@ -57,8 +61,17 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON, in its own order, atomically."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(json_ready(data), indent=1, allow_nan=False) + "\n"
     _write_text(path, text)
+
+
+def json_ready(data: Any) -> Any:
+    """`data` with the numbers that JSON cannot say (NaN, infinities) as None."""
+    if isinstance(data, Mapping):
+        return {key: json_ready(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [json_ready(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def read_json(path: Path) -> Any:
@@ -109,24 +122,40 @@ def write_checksums(folder: Path) -> None:
     _write_text(folder / CHECKSUMS, lines)
 
 
-def check_checksums(folder: Path) -> int:
+def check_checksums(folder: Path, required: Collection[str] = ()) -> int:
     """Compare every file listed in SHA256SUMS; return how many were compared.
 
+    Args:
+        folder: holds the list.
+        required: names that the list must contain.
+
     Raises:
-        RankwiseError: for the first file that is missing or differs, or if there is no list.
+        RankwiseError: for the first file that is missing or differs, or if the list is missing or damaged.
     """
     path = folder / CHECKSUMS
     if not path.is_file():
         raise RankwiseError(str(path), "no such file", "only checkpoints written by `rankwise` carry hashes")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        digest, _, name = line.partition("  ")
+    listed = dict(_checksum_lines(path))
+    for name in required:
+        if name not in listed:
+            raise RankwiseError(str(path), f"{name} is not in it", "the list was changed; write the checkpoint again")
+    for name, digest in listed.items():
         file = folder / name
         if not file.is_file():
             raise RankwiseError(str(file), "missing", f"{CHECKSUMS} lists it; write the checkpoint again")
         if sha256(file) != digest:
             raise RankwiseError(str(file), "its SHA-256 differs", "the file was changed or damaged")
-    return len(lines)
+    return len(listed)
+
+
+def _checksum_lines(path: Path) -> Iterator[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        if not (match := CHECKSUM_LINE.fullmatch(line)):
+            raise RankwiseError(str(path), f"line {line[:80]!r}", "a SHA-256, two spaces and a file name are expected")
+        yield match[2], match[1]
+    if not lines:
+        raise RankwiseError(str(path), "empty", "the list was changed; write the checkpoint again")
 
 
 def require_room(folder: Path, needed: int) -> None:

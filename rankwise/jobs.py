@@ -1,6 +1,7 @@
 """Unfinished work: a folder beside the result, owned by one process at a time, continued by the same command."""
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from rankwise.errors import RankwiseError
 from rankwise.files import read_json, write_json
 
 JOB = "job.json"
-LOCK = ".lock"
 
 
 @contextmanager
@@ -26,12 +26,14 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         RankwiseError: another process owns the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise RankwiseError(str(folder), "another process is working in it", "wait until it has ended") from None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+    except BlockingIOError:
+        raise RankwiseError(str(folder), "another process is working in it", "wait until it has ended") from None
+    finally:
+        os.close(handle)
 
 
 def work_folder(out: Path) -> Path:
@@ -74,22 +76,22 @@ class Job:
                 job._claim(identity, restart=restart)
                 yield job
             finally:
-                if not any(entry.name not in (LOCK, JOB) for entry in folder.iterdir()):
+                if not any(entry.name != JOB for entry in folder.iterdir()):
                     shutil.rmtree(folder, ignore_errors=True)  # finished, or failed before any work was done
 
     def finish(self) -> None:
         """Remove the work; the result is in place. The job's name goes last, so that a kill here is no error."""
-        self._clear(keep=(LOCK, JOB))
+        self._clear(keep=JOB)
 
-    def _clear(self, keep: tuple[str, ...]) -> None:
+    def _clear(self, keep: str = "") -> None:
         for entry in self.folder.iterdir():
-            if entry.name not in keep:
+            if entry.name != keep:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _claim(self, identity: dict[str, Any], *, restart: bool) -> None:
         path = self.folder / JOB
         if restart:
-            self._clear(keep=(LOCK,))
+            self._clear()
         if not path.exists():
             write_json(path, identity)
         found = read_json(path)

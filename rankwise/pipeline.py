@@ -77,6 +77,7 @@ def allocate(
     return plan
 
 
+@torch.no_grad()
 def compress(model: Any, plan: RankPlan, factors: FactorStore | None = None, *, track: Track = silent) -> Any:
     """Put a plan into effect: the named linear layers are replaced, in place.
 

@@ -4,6 +4,7 @@ A plan says of every linear layer of the decoder blocks what it becomes. It is J
 compared and edited by hand; `rankwise compress --plan` accepts one.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,6 +58,8 @@ class LayerSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RankwiseError(name, value, "allowed: a whole number from 1")
+        for name in ("energy", "loss"):
+            check_number(name, getattr(self, name))
         if self.rank > self.full_rank:
             raise RankwiseError("rank", self.rank, f"allowed: 1 to {self.full_rank}")
         if self.kind == "pivot" and self.rank == self.full_rank:
@@ -123,8 +126,8 @@ class RankPlan:
 
     @property
     def ratio(self) -> float:
-        """Share of the linear layers' parameters kept."""
-        return self.parameters / self.dense_parameters
+        """Share of the linear layers' parameters kept; 1 if none is listed."""
+        return self.parameters / self.dense_parameters if self.layers else 1.0
 
     @property
     def bytes(self) -> int:
@@ -163,7 +166,12 @@ class RankPlan:
             raise RankwiseError(source, "no layers in it", "a rankwise plan holds a `layers` object")
         check_format(data.get("format"), source)
         layers = {name: _spec(name, entry, source) for name, entry in data["layers"].items()}
-        return cls(layers, int(data.get("other_bytes") or 0), dict(data.get("provenance") or {}))
+        other_bytes, provenance = data.get("other_bytes", 0), data.get("provenance", {})
+        if not isinstance(other_bytes, int) or isinstance(other_bytes, bool) or other_bytes < 0:
+            raise RankwiseError(f"{source}: other_bytes", other_bytes, "allowed: a whole number from 0")
+        if not isinstance(provenance, dict):
+            raise RankwiseError(f"{source}: provenance", provenance, "allowed: an object")
+        return cls(layers, other_bytes, provenance)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -173,6 +181,13 @@ class RankPlan:
     def load(cls, path: str | Path) -> "RankPlan":
         """Read a plan that `save` or a text editor wrote."""
         return cls.from_dict(read_json(Path(path)), str(path))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number or None."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if value is not None and not number:
+        raise RankwiseError(name, value, "allowed: a finite number, or null")
 
 
 def check_format(found: Any, source: str) -> None:

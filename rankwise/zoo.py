@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from rankwise.anatomy import require_causal
+from rankwise.config import DTYPES, check
 from rankwise.errors import RankwiseError
 from rankwise.files import disk_guard, publish, sha256
 from rankwise.jobs import locked
@@ -18,6 +22,7 @@ EMBEDDED = "embedded:smollm2-135m"
 ALLOWED = f"a hub id, a folder with config.json, a .gguf file or {EMBEDDED}"
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORT_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong is told by `_require_complete`
 # GGUF names its pre-tokenizer; these split numbers into digits, which the conversion to `tokenizers` drops.
 DIGIT_SPLITTERS = ("smollm",)
 
@@ -34,7 +39,8 @@ def resolve_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise RankwiseError("device", device, "allowed: auto, cpu, cuda, cuda:N") from None
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+    there = chosen.type == "cpu" or (chosen.type == "cuda" and (chosen.index or 0) < torch.cuda.device_count())
+    if not there:
         raise RankwiseError("device", device, "not on this machine; allowed: auto, cpu, cuda, cuda:N")
     return chosen
 
@@ -54,10 +60,12 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[A
         RankwiseError: nothing loadable there, or weights missing, left over or of the wrong shape.
     """
     target = resolve_device(device)
+    check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
     folder = _gguf_as_folder(source, "bf16" if dtype == "auto" else dtype) if _is_gguf(source) else source
     _require_folder(folder)
     model, info = _from_pretrained(folder, source, dtype)
     _require_complete(info, source)
+    require_causal(model)
     tokenizer = _tokenizer(folder, source)
     return model.to(target).eval().requires_grad_(False), tokenizer
 
@@ -82,7 +90,6 @@ def cache_folder() -> Path:
 
 def quiet_transformers() -> None:
     """Errors only, no progress bars: rankwise draws its own."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
 
@@ -123,7 +130,7 @@ def _require_folder(folder: str) -> None:
 def _from_pretrained(folder: str, source: str, dtype: str) -> tuple[Any, dict[str, Any]]:
     torch_dtype = TORCH_DTYPES.get(dtype, "auto")
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, output_loading_info=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **REPORT)
     except RankwiseError:
         raise
     except Exception as error:  # transformers, safetensors and the hub each raise their own families
@@ -166,8 +173,11 @@ def _gguf_as_folder(source: str, dtype: str) -> str:
                 staged = final.with_name(f".{final.name}")
                 shutil.rmtree(staged, ignore_errors=True)
                 staged.mkdir()
-                _convert_gguf(path, staged, dtype)
-                publish(staged, final)
+                try:
+                    _convert_gguf(path, staged, dtype)
+                    publish(staged, final)
+                finally:
+                    shutil.rmtree(staged, ignore_errors=True)
     return str(final)
 
 
@@ -195,9 +205,10 @@ def _convert_gguf(path: Path, folder: Path, dtype: str) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         dequantized = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=dequantized, dtype=TORCH_DTYPES[dtype]
-        )
+        with redirect_stderr(StringIO()):  # transformers draws a bar here that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=dequantized, dtype=TORCH_DTYPES[dtype]
+            )
         tokenizer = AutoTokenizer.from_pretrained(**where)
         field = GGUFReader(path).get_field("tokenizer.ggml.pre")
     except Exception as error:

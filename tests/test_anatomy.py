@@ -94,6 +94,15 @@ def test_nothing_outside_the_blocks_counts(family: str, tiny: Callable[..., Any]
     assert not outside & {id(module) for block in block_linears(model) for module in block.values()}
 
 
+def test_lists_inside_a_block_or_beside_the_decoder_are_not_taken_for_it(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    model.model.layers[0].experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model.adapters = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    name, blocks = decoder_blocks(model)
+    assert (name, len(blocks)) == ("model.layers", 2)
+    assert "model.layers.0.experts.2" in block_linears(model)[0]  # a list of plain linear layers is fine in a block
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_weights_are_out_by_in(kind: str) -> None:
     torch.manual_seed(0)

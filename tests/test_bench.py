@@ -123,13 +123,49 @@ def test_counts_are_checked(name: str, value: Any) -> None:
         BenchConfig(**{name: value})
 
 
+def test_rows_are_the_arithmetic_of_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers take turns, the first round of each is not counted, and the numbers are those of the others."""
+    asked = []
+
+    class Worker:
+        def __init__(self, name: str, config: BenchConfig) -> None:
+            self.name, self.round = name, 0
+
+        def ask(self, what: str) -> dict[str, Any]:
+            asked.append((self.name, what))
+            if what == "facts":
+                return {"device": "none"}
+            self.round += 1
+            slow = 100.0 if self.round == 1 else 1.0
+            factor = 2.0 if self.name == "b" else 1.0
+            return {"prefill": slow * factor * self.round, "steps": [slow * factor * step for step in (0.1, 0.2, 0.6)]}
+
+        def stop(self) -> None:
+            asked.append((self.name, "stop"))
+
+    monkeypatch.setattr(rankwise.bench, "_Worker", Worker)
+    first, second = bench(["a", "b"], BenchConfig(prompt=8, new_tokens=3, batch=4, rounds=2))
+    assert asked[:6] == [("a", "round"), ("b", "round")] * 3
+    assert asked[-2:] == [("a", "stop"), ("b", "stop")]
+    steps = [100, 200, 600, 100, 200, 600]
+    assert first["prefill_ms_p50"] == pytest.approx(2500)
+    assert first["prefill_ms_p95"] == pytest.approx(np.percentile([2000, 3000], 95))
+    assert first["decode_ms_p50"] == pytest.approx(np.percentile(steps, 50))
+    assert first["decode_ms_p95"] == pytest.approx(np.percentile(steps, 95))
+    assert first["tokens_per_s"] == pytest.approx(4 * 6 / 1.8)  # four sequences, six steps in 1.8 seconds
+    assert second["tokens_per_s"] == pytest.approx(first["tokens_per_s"] / 2)
+    assert (first["name"], second["name"]) == ("a", "b")
+
+
 class Fake(torch.nn.Module):
     """A language model whose logits with a cache are off by `error`."""
 
     def __init__(self, error: float) -> None:
         super().__init__()
+        self.config = SimpleNamespace(max_position_embeddings=64)
         self.scale = torch.nn.Parameter(torch.ones(1), requires_grad=False)
         self.error = error
+        self.config = SimpleNamespace(max_position_embeddings=128)
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
         logits = torch.zeros(*input_ids.shape, 16)
@@ -156,6 +192,12 @@ def test_a_prompt_of_one_token(model_folder: Callable[[str], Path]) -> None:
     """It is allowed, so it works."""
     sample = Runner(str(model_folder("llama")), BenchConfig(prompt=1, new_tokens=1, rounds=1)).round()
     assert sample["prefill"] > 0
+
+
+def test_a_run_that_leaves_the_context_is_refused(model_folder: Callable[[str], Path]) -> None:
+    """GPT-2 has no positions beyond its context; the reason must be told, and not guessed to be want of memory."""
+    with pytest.raises(RankwiseError, match="128"):
+        Runner(str(model_folder("gpt2")), BenchConfig(prompt=127, new_tokens=5, rounds=1)).round()
 
 
 def test_the_same_tokens_are_fed_every_time(model_folder: Callable[[str], Path]) -> None:

@@ -72,3 +72,13 @@ def test_a_loss_beyond_what_exp_can_say_is_no_crash(tiny: Callable[..., Any]) ->
     except RankwiseError:
         return
     assert value == math.inf
+
+
+def test_logits_that_are_no_numbers_are_no_infinite_perplexity(tiny: Callable[..., Any]) -> None:
+    model = tiny("qwen2")
+    model.lm_head.weight[7, 7] = math.nan
+    try:
+        value = perplexity(model, windows(2, 10))
+    except RankwiseError:
+        return
+    assert math.isnan(value)

@@ -86,9 +86,21 @@ def test_restart_throws_the_work_away(tmp_path: Path) -> None:
     start(tmp_path / "out")
     with Job.open(tmp_path / "out", {"model": "b"}, restart=True) as job:
         assert [path.name for path in job.folder.iterdir() if not path.name.startswith(".")] == ["job.json"]
-    with Job.open(tmp_path / "out", {"model": "b"}):
-        pass
-    with pytest.raises(RankwiseError, match="other model"), Job.open(tmp_path / "out", IDENTITY | {"model": "a"}):
+        (job.folder / "new").write_text("work")
+    with (
+        pytest.raises(RankwiseError, match="other model, options"),
+        Job.open(tmp_path / "out", IDENTITY),
+    ):
+        pytest.fail("opened")
+    with Job.open(tmp_path / "out", {"model": "b"}) as job:
+        assert (job.folder / "new").read_text() == "work"
+
+
+def test_a_job_that_fails_before_any_work_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError), Job.open(tmp_path / "out", IDENTITY):
+        raise InterruptedError
+    assert list(tmp_path.iterdir()) == []
+    with Job.open(tmp_path / "out", IDENTITY | {"model": "b"}):  # so nothing stands in the way of another command
         pass
 
 

@@ -78,6 +78,16 @@ def test_factors_stay_in_memory(tmp_path: Path) -> None:
     assert RankPlan.load(tmp_path / "plan.json").factors is None
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+def test_a_perplexity_beyond_all_bounds_does_not_lose_the_plan(value: float, tmp_path: Path) -> None:
+    plan = example()
+    plan.provenance["measured"] = {"dense": 22.88, "compressed": value}
+    plan.save(tmp_path / "plan.json")
+    strict = json.loads((tmp_path / "plan.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert strict["provenance"]["measured"] == {"dense": 22.88, "compressed": None}
+    assert RankPlan.load(tmp_path / "plan.json").layers == plan.layers
+
+
 def test_hand_edits_are_read(tmp_path: Path) -> None:
     data = example().to_dict()
     data["layers"]["b.0.q"] = {"kind": "lowrank", "out_features": 6, "in_features": 4, "rank": 1}  # options left out

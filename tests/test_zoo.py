@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from rankwise import zoo
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
+from rankwise.jobs import locked
 from rankwise.text import read_text, take_windows, token_windows
 from rankwise.zoo import (
     cache_folder,
@@ -357,21 +358,22 @@ def test_a_changed_gguf_is_converted_anew(
     assert len(kept_in(cache)) == 2
 
 
-def test_two_at_once_convert_once(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever comes second waits for the first and takes what it made."""
-    convert, calls = zoo._convert_gguf, []
-
-    def slowly(*arguments: Any) -> None:
-        calls.append(arguments)
-        convert(*arguments)
-        time.sleep(0.3)
-
-    monkeypatch.setattr(zoo, "_convert_gguf", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        loaded = list(pool.map(lambda _: load_model(str(gguf_file), "fp32")[0], range(2)))
-    assert len(calls) == 1
-    assert torch.equal(loaded[0](WINDOWS).logits, loaded[1](WINDOWS).logits)
-    assert len(kept_in(cache)) == 1
+def test_whoever_comes_second_waits_for_the_first(
+    gguf_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process owns the cache and converts the same file; its folder is taken, and nothing converted."""
+    first, _ = load_model(str(gguf_file), "fp32")
+    (converted,) = kept_in(cache)
+    aside = converted.rename(tmp_path / "aside")
+    monkeypatch.setattr(zoo, "_convert_gguf", lambda *_: pytest.fail("converted again"))
+    with ThreadPoolExecutor(1) as pool:
+        with locked(cache):
+            second = pool.submit(load_model, str(gguf_file), "fp32")
+            time.sleep(0.3)
+            assert not second.done()
+            aside.rename(converted)
+        assert torch.equal(second.result(timeout=60)[0](WINDOWS).logits, first(WINDOWS).logits)
+    assert kept_in(cache) == [converted]
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "truncated"])

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from rankwise.alloc.moments import GradientSums, InputSums
 from rankwise.alloc.stream import BlockStream
-from rankwise.anatomy import block_linears, require_finite, weight_of
+from rankwise.anatomy import block_linears, require_finite
 from rankwise.errors import RankwiseError
 from rankwise.files import open_tensors, read_json, read_tensors, write_json, write_tensors
 from rankwise.jobs import locked
@@ -119,6 +119,9 @@ def collect(
     """
     linears = block_linears(model)
     require_finite(linears)
+    if gradient_windows is not None and gradient_windows.shape[1] != windows.shape[1]:
+        lengths = f"{gradient_windows.shape[1]} tokens"
+        raise RankwiseError("gradient windows", lengths, f"allowed: {windows.shape[1]}, as the other windows")
     identity = identify(model, windows, windows[:0] if gradient_windows is None else gradient_windows, seed)
     with locked(folder):
         return _collect(model, linears, windows, gradient_windows, _claim(folder, identity), device, seed, track)
@@ -144,7 +147,8 @@ def _collect(
                 _sweep_backward(stream, linears, gradient_windows, curvature, seed, track)
         finally:
             stream.close()
-    curvature.clean()
+    if curvature.has_outputs:
+        curvature.clean()
     return curvature
 
 
@@ -233,10 +237,14 @@ def _head_gradients(stream: BlockStream, windows: torch.Tensor, curvature: Curva
     for number, hidden in enumerate(_load(curvature.file("hidden", len(stream)), "hidden")):
         leaf = hidden[None].to(stream.device).requires_grad_()
         logits = stream.head(windows[number][None], leaf)[0].float()
+        if not torch.isfinite(logits).all():
+            raise RankwiseError(
+                "logits", "NaN or Inf", "check the norm and the head behind the blocks, or try --dtype fp32"
+            )
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        cross_entropy(logits, labels.to(stream.device), reduction="sum").backward()
-        grads.append(_require_grad(leaf, "the head"))
+        loss = cross_entropy(logits, labels.to(stream.device), reduction="sum")
+        grads.append(_gradient(loss, leaf, None, "the head"))
     return torch.stack(grads)
 
 
@@ -251,15 +259,17 @@ def _block_gradients(
     with stream.on_device(index), sums.listening():
         for h, g in zip(hidden, above, strict=True):
             leaf = h[None].to(stream.device).requires_grad_()
-            stream.run(index, leaf).backward(g[None].to(stream.device))
-            grads.append(_require_grad(leaf, f"block {index}"))
+            out = stream.run(index, leaf)
+            grads.append(_gradient(out, leaf, g[None].to(stream.device), f"block {index}"))
     return sums.finish(hidden.shape[0] * hidden.shape[1]), torch.stack(grads)
 
 
-def _require_grad(leaf: torch.Tensor, where: str) -> torch.Tensor:
-    if leaf.grad is None or not torch.isfinite(leaf.grad).all():
-        raise RankwiseError("gradients", f"NaN, Inf or none behind {where}", "try --dtype fp32 or bf16")
-    return leaf.grad[0].cpu()
+def _gradient(out: torch.Tensor, leaf: torch.Tensor, above: torch.Tensor | None, where: str) -> torch.Tensor:
+    """Gradient `[T, d]` at `leaf`; parameters gather none, whether they are frozen or not."""
+    (grad,) = torch.autograd.grad(out, leaf, above)
+    if not torch.isfinite(grad).all():
+        raise RankwiseError("gradients", f"NaN or Inf behind {where}", "try --dtype fp32 or bf16")
+    return grad[0].cpu()
 
 
 def _load(path: Path, key: str) -> torch.Tensor:
@@ -271,11 +281,9 @@ def _hash(windows: torch.Tensor) -> str:
 
 
 def _model_hash(model: Any) -> str:
-    """Names, shapes, dtype and a sample of every linear weight: another model, another hash, in well under a second."""
+    """Names, shapes, dtypes and a sample of every parameter: another model, another hash, in about a second."""
     digest = hashlib.sha256()
-    for block in block_linears(model):
-        for name, linear in block.items():
-            weight = weight_of(linear)
-            sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)].float()
-            digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 256)].float()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from rankwise.errors import RankwiseError
 # Added to a metric's eigenvalues, as a share of their mean: dead channels and directions that the
 # calibration never saw stay in the problem with a small weight, so no factor is undefined.
 DAMPING = 1e-6
+REMEASURE = "second moments have no negative directions; measure the curvature again"
 INDEFINITE = 1e-3  # a negative eigenvalue beyond this share of the largest is no rounding error
 
 
@@ -35,6 +36,7 @@ class Factors:
     energy: torch.Tensor
 
 
+@torch.no_grad()
 def factorize(
     weight: torch.Tensor,
     inputs: torch.Tensor,
@@ -111,6 +113,8 @@ def _checked(matrix: torch.Tensor, what: str, device: torch.device, damping: flo
         raise RankwiseError(what, "NaN or Inf", "finite numbers are needed; measure the curvature again")
     m = (m + m.T) / 2
     mean = float(m.diagonal().mean())
+    if mean < 0 or (mean == 0 and m.any()):
+        raise RankwiseError(what, f"indefinite (mean of the diagonal {mean:.1e})", REMEASURE)
     m.diagonal().add_(damping * mean if mean > 0 else 1.0)  # never seen at all: the plain metric
     return m
 
@@ -136,7 +140,7 @@ def _require_semidefinite(values: torch.Tensor, what: str) -> None:
     lowest, largest = float(values[0]), float(values[-1])
     if lowest < -INDEFINITE * abs(largest):
         reason = f"indefinite (eigenvalues from {lowest:.1e} to {largest:.1e})"
-        raise RankwiseError(what, reason, "second moments have no negative directions; measure the curvature again")
+        raise RankwiseError(what, reason, REMEASURE)
 
 
 def _balanced(u: torch.Tensor, v: torch.Tensor, energy: torch.Tensor) -> Factors:

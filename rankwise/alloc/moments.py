@@ -53,7 +53,7 @@ class InputSums(_Sums):
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__(layers)
         self.leaders: dict[str, str] = {}
-        self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+        self._seen: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
 
     def start_window(self) -> None:
         """Call before each forward: tensors of the last one are forgotten."""
@@ -62,7 +62,8 @@ class InputSums(_Sums):
     def _attach(self, name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            _, leader = self._seen.setdefault(id(x), (x, name))  # the reference keeps the id from being reused
+            key = (id(x), x._version)  # the same object, not written to in between; the entry keeps it alive
+            _, leader = self._seen.setdefault(key, (x, name))
             self.leaders[name] = leader
             if leader == name:
                 self._add(name, x)
@@ -83,7 +84,8 @@ class GradientSums(_Sums):
 
     def _attach(self, name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-            out.register_hook(lambda grad: self._add(name, grad))
+            if out.requires_grad:
+                out.register_hook(lambda grad: self._add(name, grad))
 
         return module.register_forward_hook(hook)
 

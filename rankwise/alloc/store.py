@@ -10,7 +10,7 @@ from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import factorize
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.errors import RankwiseError
-from rankwise.files import open_tensors, write_tensors
+from rankwise.files import open_tensors, read_json, write_json, write_tensors
 from rankwise.progress import Track, silent
 
 
@@ -71,6 +71,7 @@ def factorize_model(
     store = FactorStore(folder, [{name: features(m) for name, m in block.items()} for block in linears])
     if two_sided and not curvature.has_outputs:
         raise RankwiseError("curvature", str(curvature.folder), "it has no output-gradient moments; use --sides one")
+    _claim(folder, {"sides": "two" if two_sided else "one", **curvature.identity})
     with track("factors", len(linears)) as advance:
         for index, block in enumerate(linears):
             if not store.file(index).exists():
@@ -90,3 +91,14 @@ def factorize_model(
                 write_tensors(store.file(index), tensors, {})
             advance()
     return store
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Factors belong to one curvature and one metric; those of another are not continued."""
+    path = folder / "factors.json"
+    if not path.exists():
+        write_json(path, identity)
+    if (found := read_json(path)) != identity:
+        different = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
+        reason = f"{folder} was made with other {', '.join(different)}"
+        raise RankwiseError("factors", reason, "use a new folder")

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from rankwise.anatomy import decoder_blocks
+from rankwise.errors import RankwiseError
 
 Forward = Callable[..., Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Stop(Exception):
@@ -33,10 +35,13 @@ class BlockStream:
     def __init__(self, model: Any, device: torch.device, window: torch.Tensor) -> None:
         self.model, self.device = model, device
         _, self.blocks = decoder_blocks(model)
-        self._move_frame(device)
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._as_tuple = False
-        self._record(window)
+        self._move_frame(device)
+        try:
+            self._calls = self._learn_calls(window)
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -85,14 +90,24 @@ class BlockStream:
     def _call(self, window: torch.Tensor) -> Any:
         return self.model(input_ids=window.to(self.device), use_cache=False)
 
+    def _learn_calls(self, window: torch.Tensor) -> list[Call]:
+        calls = self._record(window)
+        for index, (seen, other) in enumerate(zip(calls, self._record(window.flip(1)), strict=True)):
+            if not _same(seen, other):
+                reason = f"{type(self.model).__name__}: block {index} takes side inputs that depend on the tokens"
+                raise RankwiseError("model", reason, "blocks that pass on hidden states alone are supported")
+        return calls
+
     @torch.no_grad()
-    def _record(self, window: torch.Tensor) -> None:
+    def _record(self, window: torch.Tensor) -> list[Call]:
+        """What each block is called with besides the hidden states."""
         original = self.blocks[0].forward
+        calls: list[Call] = []
 
         def recorder(index: int) -> Forward:
             def record(*args: Any, **kwargs: Any) -> Any:
                 hidden, rest, named = _hidden(args, kwargs)
-                self._calls.append((rest, named))
+                calls.append((rest, named))
                 if index == 0:
                     with self.on_device(0):
                         self._as_tuple = isinstance(original(*args, **kwargs), tuple)
@@ -102,6 +117,7 @@ class BlockStream:
 
         with _forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
             self._call(window)
+        return calls
 
     def _move_frame(self, device: torch.device) -> None:
         inside = {id(module) for module in self.blocks.modules()}
@@ -112,6 +128,17 @@ class BlockStream:
                 parameter.data = parameter.data.to(device)
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """True if two calls hold equal tensors in the same places; what is no tensor is not compared."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return True
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -23,6 +23,7 @@ from rankwise.files import (
 from rankwise.plan import FORMAT, LayerSpec, RankPlan, check_format
 
 PLAN = "plan.json"
+CONFIG = "config.json"
 CARD = """---
 library_name: transformers
 tags: [rankwise]
@@ -59,9 +60,9 @@ def config_entry(spec: LayerSpec) -> dict[str, Any]:
 def specs_from_config(config: Mapping[str, Any], source: str) -> dict[str, LayerSpec]:
     """The compressed layers that a `quantization_config` lists."""
     check_format(config.get("format"), source)
-    if not config.get("layers"):
+    if config.get("layers") == {}:
         return {}
-    return RankPlan.from_dict({"format": FORMAT, "layers": config["layers"]}, source).layers
+    return RankPlan.from_dict({"format": FORMAT, "layers": config.get("layers")}, source).layers
 
 
 def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: Path | None = None) -> Path:
@@ -94,7 +95,7 @@ def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: P
             plan.save(staging / PLAN)
             card = CARD.format(ratio=plan.ratio, base=plan.provenance.get("model", "a model"))
             (staging / "README.md").write_text(card, encoding="utf-8")
-            for path in staging.iterdir():
+            for path in (entry for entry in staging.iterdir() if entry.is_file()):
                 path.chmod(0o644)  # safetensors leaves its files readable by the owner alone
             write_checksums(staging)
             publish(staging, out)
@@ -139,14 +140,17 @@ def open_checkpoint(folder: str | Path) -> tuple[RankPlan, list[Path]]:
         RankwiseError: missing, truncated, foreign or self-contradictory checkpoint.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise RankwiseError(
             "checkpoint", f"{folder} (no config.json in it)", "a folder written by rankwise is expected"
         )
-    config = read_json(folder / "config.json").get("quantization_config") or {}
+    whole = read_json(folder / CONFIG)
+    if not isinstance(whole, dict):
+        raise RankwiseError(str(folder / CONFIG), "no object", "the file is damaged; write the checkpoint again")
+    config = _quantization(whole)
     if config.get("quant_method") != "rankwise":
         raise RankwiseError("checkpoint", f"{folder} (not compressed by rankwise)", "a rankwise folder is expected")
-    specs = specs_from_config(config, str(folder / "config.json"))
+    specs = specs_from_config(config, str(folder / CONFIG))
     plan = RankPlan.load(folder / PLAN) if (folder / PLAN).is_file() else RankPlan(specs)
     planned = {name: config_entry(spec) for name, spec in plan.compressed.items()}
     if planned != {name: config_entry(spec) for name, spec in specs.items()}:
@@ -160,7 +164,11 @@ def shard_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a model folder, index followed."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        data = read_json(index)
+        files = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise RankwiseError(str(index), "no weight_map in it", "the index is damaged; write the checkpoint again")
+        return [folder / name for name in sorted(set(files.values()))]
     return [folder / "model.safetensors"]
 
 
@@ -171,11 +179,12 @@ def verify(folder: str | Path) -> int:
         RankwiseError: for the first thing that is wrong.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise RankwiseError(
             "checkpoint", f"{folder} (no config.json in it)", "a folder written by rankwise is expected"
         )
-    count = check_checksums(folder)
+    required = [CONFIG, PLAN, *(path.name for path in shard_files(folder))]
+    count = check_checksums(folder, required)
     open_checkpoint(folder)
     return count
 
@@ -188,10 +197,16 @@ def folder_bytes(folder: str | Path) -> int:
 def is_rankwise(folder: str | Path) -> bool:
     """True if `folder` is a checkpoint of ours."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (config.get("quantization_config") or {}).get("quant_method") == "rankwise"
+    return _quantization(config).get("quant_method") == "rankwise"
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    """`quantization_config` of a config.json; empty if there is none, or none worth the name."""
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 __all__ = ["CHECKSUMS", "PLAN", "check_headers", "open_checkpoint", "save", "verify"]

@@ -273,6 +273,20 @@ def test_finished_blocks_are_not_measured_again(
     assert measure(model, tmp_path, None, seed=9).identity == first.identity  # inputs know no labels
 
 
+def test_the_way_back_does_not_begin_with_the_way_there(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny("llama")
+    run_killed("writes", 14, model, tmp_path, GRADIENT_WINDOWS)  # the last block's output moments are there
+    names = []
+
+    @contextmanager
+    def track(name: str, total: int) -> Iterator[Callable[[], None]]:
+        names.append(name)
+        yield lambda: None
+
+    measure(model, tmp_path, track=track)
+    assert names == ["output-gradient moments"]
+
+
 @pytest.mark.parametrize("killed", [None, 1, 3], ids=["whole", "killed-early", "killed-late"])
 def test_output_moments_may_be_added_later(killed: int | None, tiny: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny("llama")
@@ -303,9 +317,18 @@ def test_a_kill_while_cleaning_up_does_not_block_the_way(
 ) -> None:
     model = tiny("llama")
     measure(model, tmp_path / "whole")
-    run_killed("writes", 14, model, tmp_path / "parts", GRADIENT_WINDOWS)  # on the way back ...
+    run_killed("removals", removal, model, tmp_path / "parts", GRADIENT_WINDOWS)
+    measure(model, tmp_path / "parts")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_one_sided_run_leaves_an_unfinished_way_back_alone(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny("llama")
+    measure(model, tmp_path / "whole")
+    run_killed("writes", 14, model, tmp_path / "parts", GRADIENT_WINDOWS)
     assert Curvature(tmp_path / "parts", {"blocks": 2}).on_the_way_back
-    run_killed("removals", removal, model, tmp_path / "parts", None)  # ... then one-sided, killed while cleaning up
+    measure(model, tmp_path / "parts", None)
+    assert Curvature(tmp_path / "parts", {"blocks": 2}).on_the_way_back
     measure(model, tmp_path / "parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from rankwise.alloc.factors import DAMPING, Factors, factorize, pivot_form
 from rankwise.errors import RankwiseError
@@ -249,6 +250,17 @@ def test_stored_weights_are_factored_exactly(m: int, n: int, dtype: torch.dtype)
     assert relative_error(product(factors, 12), stored) < 1e-6  # nothing is lost beyond fp32 rounding
     exact = Problem(stored.double(), task.c.float().double(), None if task.f is None else task.f.float().double())
     assert torch.allclose(factors.energy, exact.best(), rtol=1e-7)
+
+
+@SIDES
+def test_weights_still_in_training_leave_no_graph(two: bool, recwarn: pytest.WarningsRecorder) -> None:
+    task = problem(12, 20, two)
+    expected = task.factors()
+    task.w = nn.Parameter(task.w)  # as `from_pretrained` returns them
+    factors = task.factors()
+    assert not any(tensor.requires_grad for tensor in (factors.u, factors.v, factors.energy))
+    assert torch.equal(factors.u, expected.u)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("zero", ["inputs", "outputs", "both"])

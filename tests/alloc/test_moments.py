@@ -1,5 +1,6 @@
 """Sums of outer products against the same sums worked out from what the layers were handed."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,18 @@ def test_sharing_may_begin_anew_with_each_window() -> None:
     moments, groups = sums.finish(8)
     assert groups == {"a": "a", "b": "a"}
     assert close(moments["a"], 2 * outer(x) / 8)
+
+
+def test_inputs_of_the_last_window_are_let_go() -> None:
+    layer = linear("linear", 3, 3)
+    sums = InputSums({"a": layer})
+    x = torch.randn(4, 3)
+    kept = weakref.ref(x)
+    with torch.no_grad(), sums.listening():
+        layer(x)
+        del x
+        sums.start_window()
+        assert kept() is None
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["end", "exception"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from rankwise.alloc.stream import BlockStream
 from rankwise.anatomy import decoder_blocks
@@ -37,6 +37,24 @@ def test_blocks_in_a_chain_equal_the_model(dtype: torch.dtype, family: str, tiny
     for window, logits in zip(ids, expected, strict=True):
         with torch.no_grad():
             assert torch.equal(stream.head(window[None], through(stream, window[None])), logits)
+
+
+def test_blocks_of_different_attention_keep_their_own_masks() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**sizes, **heads, layer_types=kinds)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.mul_(4)
+    ids = windows()
+    stream = BlockStream(model, CPU, ids[:1])
+    for window in ids:
+        with torch.no_grad():
+            logits = stream.head(window[None], through(stream, window[None]))
+        assert torch.equal(logits, model(input_ids=window[None]).logits)
 
 
 def test_hidden_states_are_those_of_the_model(family: str, tiny: Callable[..., Any]) -> None:

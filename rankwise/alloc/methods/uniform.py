@@ -8,6 +8,8 @@ import numpy as np
 from rankwise.alloc.budget import Choices
 from rankwise.alloc.methods.base import Method
 
+HALVINGS = 60  # of the share's range: as fine as a float
+
 
 @dataclass(frozen=True)
 class Uniform(Method):
@@ -18,8 +20,7 @@ class Uniform(Method):
     default_sides: ClassVar[str] = "one"
 
     def _pick(self, choices: dict[str, Choices], target: float) -> dict[str, int]:
-        share = target / sum(entry.dense_cost for entry in choices.values())
-        picked = {name: self._at_most(entry, share) for name, entry in choices.items()}
+        picked = self._at_share(choices, target)
         left = target - sum(int(choices[name].cost[i]) for name, i in picked.items())
 
         def kept(name: str) -> float:
@@ -33,6 +34,24 @@ class Uniform(Method):
         return picked
 
     @staticmethod
-    def _at_most(entry: Choices, share: float) -> int:
-        """The largest choice that fits the share, or the smallest of all."""
-        return max(0, int(np.searchsorted(entry.cost, share * entry.dense_cost, side="right")) - 1)
+    def _at_share(choices: dict[str, Choices], target: float) -> dict[str, int]:
+        """Each layer's largest choice within one share; the budget's share, unless smallest choices above it cost more.
+
+        A layer whose smallest choice is above the share takes that one, and the others pay: the share is lowered
+        until the budget holds.
+        """
+
+        def at(share: float) -> dict[str, int]:
+            index = {n: np.searchsorted(e.cost, share * e.dense_cost, side="right") for n, e in choices.items()}
+            return {name: max(0, int(i) - 1) for name, i in index.items()}
+
+        def fits(picked: dict[str, int]) -> bool:
+            return sum(int(choices[name].cost[i]) for name, i in picked.items()) <= target
+
+        low, high = 0.0, target / sum(entry.dense_cost for entry in choices.values())
+        if fits(at(high)):
+            return at(high)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(at(middle)) else (low, middle)
+        return at(low)

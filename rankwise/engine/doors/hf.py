@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -40,8 +42,9 @@ class RankwiseQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         specs = specs_from_config(self.quantization_config.to_dict(), "config.json")
-        check_headers(kwargs.get("checkpoint_files") or [], specs)
+        shapes = check_headers(kwargs.get("checkpoint_files") or [], specs)
         replace_layers(model, specs)
+        require_all(model, set(shapes))
 
     def is_serializable(self) -> bool:
         """`save_pretrained` works."""
@@ -67,11 +70,31 @@ def replace_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
     base = f"{getattr(model, 'base_model_prefix', '')}."
     for name, spec in specs.items():
         parent, leaf, old = _find(model, name, base)
+        if not isinstance(old, nn.Linear | Conv1D):
+            raise RankwiseError(name, type(old).__name__, "the plan may name linear layers only")
         found, expected = features(old), (spec.out_features, spec.in_features)
         if found != expected:
             raise RankwiseError(name, f"[out, in] = {list(found)} in the model", f"the plan says {list(expected)}")
         dtype, bias = old.weight.dtype, old.bias is not None
         setattr(parent, leaf, build_layer(spec, bias, dtype, torch.device("meta")))
+
+
+def require_all(model: Any, stored: set[str]) -> None:
+    """Raise a RankwiseError for a tensor that the checkpoint lacks; transformers would make it up.
+
+    Architectures whose tensors transformers renames or joins while loading are left to transformers' own report.
+
+    Args:
+        model: with compressed layers in place.
+        stored: names of the tensors on disk; an empty set (nothing known of the files) passes.
+    """
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected = {name.removeprefix(base) for name in model.state_dict().keys() - tied}
+    found = {name.removeprefix(base) for name in stored}
+    renamed = get_checkpoint_conversion_mapping(getattr(model.config, "model_type", "")) is not None
+    if found and not renamed and (missing := expected - found):
+        raise RankwiseError(min(missing), "not in the checkpoint", "the folder is incomplete; write it again")
 
 
 def attach(model: Any, specs: dict[str, LayerSpec]) -> None:

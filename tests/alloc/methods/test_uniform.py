@@ -109,6 +109,6 @@ def test_never_above_the_budget(
 
 def test_a_layer_whose_smallest_choice_is_above_its_share_is_paid_for_by_the_others() -> None:
     # Steps of four ranks: 4·16 = 64 numbers is the least that the small layer can be, twice its share.
-    plan = Uniform(0.5, ("dense", "lowrank"), 4, tolerance=0.05).allocate(spectra([(8, 8), (64, 64)]))
+    plan = Uniform(0.5, ("dense", "lowrank"), 4, tolerance=0.3).allocate(spectra([(8, 8), (64, 64)]))
     assert plan.layers["layer0"].parameters == 64
     assert plan.parameters <= 0.5 * (64 + 4096)
