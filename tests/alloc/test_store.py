@@ -91,7 +91,7 @@ def test_killed_between_blocks_the_next_run_makes_the_same_bytes(tiny: Callable[
 
     with pytest.raises(InterruptedError):
         make(model, curvature, tmp_path / "parts", track=dies)
-    assert list(contents(tmp_path / "parts" / "factors")) == ["factors.json", "factors_000.safetensors"]
+    assert list(contents(tmp_path / "parts" / "factors")) == ["factors_000.safetensors", "factors.json"]
     first = (tmp_path / "parts" / "factors" / "factors_000.safetensors").stat().st_mtime_ns
     make(model, curvature, tmp_path / "parts")
     assert contents(tmp_path / "parts" / "factors") == contents(tmp_path / "whole" / "factors")
@@ -129,7 +129,7 @@ def test_unusable_moments_name_their_layer(tiny: Callable[..., Any], tmp_path: P
     with pytest.raises(RankwiseError, match="indefinite") as caught:
         make(model, curvature, tmp_path)
     assert caught.value.field.startswith("model.layers.1.mlp.up_proj: ")
-    assert list(contents(tmp_path / "factors")) == ["factors.json", "factors_000.safetensors"]
+    assert list(contents(tmp_path / "factors")) == ["factors_000.safetensors", "factors.json"]
 
 
 def test_a_damaged_file_is_named(tiny: Callable[..., Any], tmp_path: Path) -> None:
