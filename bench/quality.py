@@ -44,7 +44,8 @@ def main() -> None:
     test = take_windows(test, options.windows, options.test)
     run = identity(options, model_dtype(model))
     work = options.work or Path(tempfile.mkdtemp(prefix="rankwise-quality-"))
-    options.out.unlink(missing_ok=True)
+    part = options.out.with_suffix(".part")
+    part.unlink(missing_ok=True)
     started = time.monotonic()
     curvature = collect(model, inputs, gradients, work / "curvature", device=device, track=on_terminal)
     stores = {
@@ -53,9 +54,10 @@ def main() -> None:
         )
         for sides in ("one", "two")
     }
-    write(options.out, run | {"name": "dense", "ratio": 1.0, "perplexity": perplexity(model, test, track=on_terminal)})
+    write(part, run | {"name": "dense", "ratio": 1.0, "perplexity": perplexity(model, test, track=on_terminal)})
     for name, method in entries(options.ratios, options.rank_multiple):
-        write(options.out, run | measure(name, method, stores, test, options))
+        write(part, run | measure(name, method, stores, test, options))
+    part.replace(options.out)
     print(f"{time.monotonic() - started:.0f} s, written to {options.out}")  # noqa: T201
 
 

@@ -83,15 +83,16 @@ class Job:
         """Remove the work; the result is in place. The job's name goes last, so that a kill here is no error."""
         self._clear(keep=JOB)
 
-    def _clear(self, keep: str = "") -> None:
+    def _clear(self, keep: str) -> None:
         for entry in self.folder.iterdir():
             if entry.name != keep:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _claim(self, identity: dict[str, Any], *, restart: bool) -> None:
         path = self.folder / JOB
-        if restart:
-            self._clear()
+        if restart:  # the job's name goes last: work without one would be taken for this job's
+            self._clear(keep=JOB)
+            path.unlink(missing_ok=True)
         if not path.exists():
             write_json(path, identity)
         found = read_json(path)

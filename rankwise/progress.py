@@ -28,6 +28,8 @@ def on_terminal(name: str, total: int) -> Iterator[Advance]:
     )
 
     console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        console.print(f"{name}: {total} steps", highlight=False)
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *times, console=console) as bars:

@@ -97,6 +97,8 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Factors belong to one curvature and one metric; those of another are not continued."""
     path = folder / "factors.json"
     if not path.exists():
+        if any(folder.glob("factors_*.safetensors")):
+            raise RankwiseError("factors", f"{folder} (no {path.name} in it)", "use a new folder, or --restart")
         write_json(path, identity)
     if (found := read_json(path)) != identity:
         different = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))

@@ -62,7 +62,13 @@ def specs_from_config(config: Mapping[str, Any], source: str) -> dict[str, Layer
     check_format(config.get("format"), source)
     if config.get("layers") == {}:
         return {}
-    return RankPlan.from_dict({"format": FORMAT, "layers": config.get("layers")}, source).layers
+    layers = RankPlan.from_dict({"format": FORMAT, "layers": config.get("layers")}, source).layers
+    return dict(sorted(layers.items(), key=lambda item: _natural(item[0])))  # transformers sorts 10 before 2
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: Path | None = None) -> Path:
