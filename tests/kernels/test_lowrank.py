@@ -7,6 +7,7 @@ import torch
 
 from rankwise.kernels import lowrank_linear
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M, N, K = 12, 9, 4
 LEADING = [pytest.param(shape, id="x".join(map(str, (*shape, N)))) for shape in [(), (5,), (2, 3), (0,), (2, 1, 3)]]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -14,7 +15,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(prod(shape) + len(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

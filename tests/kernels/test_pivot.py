@@ -7,6 +7,7 @@ import torch
 
 from rankwise.kernels import pivot_linear
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M, N, K = 12, 9, 4
 LEADING = [pytest.param(shape, id="x".join(map(str, (*shape, N)))) for shape in [(), (5,), (2, 3), (0,), (2, 1, 3)]]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -14,7 +15,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(prod(shape) + len(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -24,7 +25,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 def layer(rank: int = K, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A weight whose rows are put together one by one, and the three tensors that describe it."""
     basis, coeff = draw(rank, N), draw(M - rank, rank)
-    index = torch.randperm(M, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    index = torch.randperm(M, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.int32)
     rows = []
     for entry in index.tolist():
         rows.append(basis[entry] if entry < rank else sum(coeff[entry - rank, j] * basis[j] for j in range(rank)))
