@@ -97,7 +97,7 @@ def identity(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     commit = subprocess.run(command, capture_output=True, text=True, check=False)
     keys = ("model", "samples", "gradient_samples", "seq_len", "windows")
     texts = {"train": Path(options.train).name, "test": Path(options.test).name}
-    facts = {"bench": "quality", "commit": commit.stdout.strip(), "device": "cpu", "dtype": dtype}
+    facts = {"bench": "quality", "commit": commit.stdout.strip() or "unknown", "device": "cpu", "dtype": dtype}
     return {**facts, "versions": versions(), **texts, **{key: getattr(options, key) for key in keys}}
 
 

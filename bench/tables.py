@@ -6,7 +6,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a func
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +49,6 @@ def quality() -> str:
     )
 
 
-def demo() -> str:
-    """The rows that `rankwise demo` measured."""
-    rows = read("cpu/demo.jsonl")
-    columns: list[tuple[str, Callable[[Any], str]]] = [
-        ("ratio", lambda v: f"{v:.0%}"),
-        ("weight_bytes", lambda v: f"{v / 1e6:.1f}"),
-        ("perplexity", lambda v: f"{v:.2f}"),
-        ("prefill_ms_p50", lambda v: f"{v:.0f}"),
-        ("decode_ms_p50", lambda v: f"{v:.1f}"),
-        ("tokens_per_s", lambda v: f"{v:.1f}"),
-    ]
-    heads = ["model", "kept", "MB on disk", "perplexity", "prefill ms", "decode ms", "tokens/s"]
-    body = [[Path(row["name"]).name, *(show(row[key]) for key, show in columns)] for row in rows]
-    first = rows[0]
-    shape = f"prompt {first['prompt']}, batch {first['batch']}, p50 of {first['rounds']} rounds in turn"
-    facts = f"Perplexity: {first['text']}. Speed: {first['device']}, {first['dtype']}, {shape}, transformers' own loop."
-    return f"{markdown(heads, body)}\n{facts}\n"
-
-
 def read(name: str) -> list[dict[str, Any]]:
     """The rows of a result file."""
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
@@ -80,7 +60,7 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {"quality": quality, "demo": demo}
+TABLES = {"quality": quality}
 
 if __name__ == "__main__":
     main()

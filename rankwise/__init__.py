@@ -1,7 +1,7 @@
-"""rankwise: learned-rank SVD compression of language models, and a runtime for the result.
+"""rankwise: SVD compression of language models, with ranks chosen under an exact budget.
 
-The names below load on first use, so ``import rankwise`` needs neither a GPU nor Triton and costs
-almost nothing. Importing the package also teaches transformers to open rankwise checkpoints.
+The names below load on first use, so ``import rankwise`` costs almost nothing. Importing the package also
+teaches transformers to open rankwise checkpoints.
 """
 
 from importlib import import_module

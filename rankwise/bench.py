@@ -5,7 +5,9 @@ round, so that a machine that drifts treats all alike. Generation is transformer
 """
 
 import multiprocessing
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -157,7 +159,8 @@ class _Runner:
         self.model, self.dtype = model, model_dtype(model)
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch, config.prompt)
-        self.prompt = torch.randint(len(tokenizer), shape, generator=generator).to(self.device)
+        vocabulary = min(len(tokenizer), getattr(model.config, "vocab_size", len(tokenizer)))
+        self.prompt = torch.randint(vocabulary, shape, generator=generator).to(self.device)
         with torch.inference_mode():
             self._gate()
         _reset_peak(self.device)
@@ -231,6 +234,5 @@ def _peak_rss() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        import psutil
-
-        return int(psutil.Process().memory_info().rss)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

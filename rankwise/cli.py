@@ -29,6 +29,7 @@ Seed = Annotated[int, typer.Option(help="Fixes everything drawn at random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the only line of stdout.")]
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 TEST_TEXT = "embedded:python-docs-test"
+TEST_LEN = 512  # the embedded test text holds 16 windows of this length
 
 
 @app.command()
@@ -50,7 +51,9 @@ def compress(
     seq_len: SeqLen = 1024,
     shuffle: Annotated[bool, typer.Option(help="Draw the windows from all over the text, as --seed says.")] = False,
     curvature: Annotated[Path | None, typer.Option(help="Folder of second moments to reuse, or to fill.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Carry out this plan.json instead of allocating ranks.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Carry out this plan.json; --ratio, --method, --kinds are not used then.")
+    ] = None,
     restart: Annotated[bool, typer.Option(help="Throw away unfinished work instead of continuing it.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -85,7 +88,7 @@ def evaluate(
     against: Against = None,
     text: Text = TEST_TEXT,
     windows: Windows = 16,
-    seq_len: SeqLen = 1024,
+    seq_len: SeqLen = TEST_LEN,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -142,7 +145,7 @@ def report(
     against: Against = None,
     text: Text = TEST_TEXT,
     windows: Windows = 16,
-    seq_len: SeqLen = 1024,
+    seq_len: SeqLen = TEST_LEN,
     speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -191,6 +194,11 @@ def main(arguments: list[str] | None = None) -> Any:
         return app(arguments)
     except RankwiseError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here
+            raise
+        sys.stderr.write("error: device: its memory is full; use --device cpu, fewer rounds or a shorter --seq-len\n")
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

@@ -1,5 +1,6 @@
 """What the commands of the CLI do: call the library, print tables for people or JSON for scripts."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rankwise.pipeline import compress_to_folder
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
 from rankwise.text import read_text, take_windows, token_windows
-from rankwise.zoo import EMBEDDED, disk_bytes, load_model, model_dtype, quiet_transformers
+from rankwise.zoo import EMBEDDED, disk_bytes, load_model, local_folder, model_dtype, quiet_transformers
 
 Row = dict[str, Any]
 quiet_transformers()
@@ -191,6 +192,8 @@ def quality(models: Sequence[str], text: str, windows: int, seq_len: int, device
             }
         )
         del model
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
     return rows
 
 
@@ -201,9 +204,10 @@ def _with_speed(rows: Sequence[Row], config: speed.BenchConfig) -> list[Row]:
 
 def _ratio(name: str) -> float | None:
     """Kept share; None where a folder was re-saved without the plan that lists its dense layers."""
-    if not is_rankwise(name):
+    folder = local_folder(name)
+    if folder is None or not is_rankwise(folder):
         return 1.0
-    path = Path(name) / "plan.json"
+    path = folder / "plan.json"
     return RankPlan.load(path).ratio if path.is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""What people read: tables for the terminal. Everything goes to stderr when `--json` owns stdout."""
+"""What people read: tables for the terminal, on stderr. stdout is for data: `--json`, generated text."""
 
 import json
 import sys

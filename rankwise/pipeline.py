@@ -18,7 +18,7 @@ from rankwise.engine.layers import CompressedLinear, build_layer
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
 from rankwise.files import disk_guard, require_room
-from rankwise.jobs import Job
+from rankwise.jobs import Job, work_folder
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance, versions
@@ -61,7 +61,9 @@ def allocate(
     folder = Path(temporary.name if temporary else str(work))
     target = resolve_device(device)
     gradients = gradient_text if method.two_sided else None
-    curvature = collect(model, text, gradients, folder / "curvature", device=target, seed=seed, track=track)
+    curvature = collect(
+        model, text, gradients, folder / f"curvature-{method.sides}", device=target, seed=seed, track=track
+    )
     factors = factorize_model(
         model,
         curvature,
@@ -97,11 +99,12 @@ def compress(model: Any, plan: RankPlan, factors: FactorStore | None = None, *, 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with track("layers", len(plan.compressed)) as advance:
         for name, spec in plan.compressed.items():
-            old = linears[name]
+            old = linears.pop(name)  # its memory is free once the new layer is in place
             layer = build_layer(spec, old.bias is not None, dtype, weight_of(old).device)
             _fill(layer, spec.kind, store.load(name, spec.rank), old)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
+            del old
             advance()
     attach(model, plan.compressed)
     return model
@@ -130,8 +133,10 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
         RankwiseError: bad input, or a full disk; nothing is left under `config.out`.
     """
     given = RankPlan.load(config.plan) if config.plan else None
+    resolve_device(config.device)
+    raw = read_text(config.text.text)
     model, tokenizer = load_model(config.model, config.dtype)
-    windows = _prepare(config, given, model, tokenizer)
+    windows = _prepare(config, given, raw, model, tokenizer)
     identity = identify_job(config, model_dtype(model))
     with Job.open(config.out, identity, restart=config.restart) as job, disk_guard(config.out):
         if config.out.exists():  # the last run was killed between the rename and the cleaning up
@@ -142,17 +147,18 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     return plan
 
 
-def _prepare(config: CompressConfig, given: RankPlan | None, model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+def _prepare(
+    config: CompressConfig, given: RankPlan | None, raw: str, model: Any, tokenizer: Any
+) -> dict[str, torch.Tensor]:
     """Everything that can be wrong is found before work begins; returns the windows."""
     shapes = {name: features(m) for block in block_linears(model) for name, m in block.items()}
     if given is None:
         config.method.check_budget(shapes)
     else:
         check_plan(given, shapes)
-    resolve_device(config.device)
     require_context(model, config.text.seq_len)
     text = config.text
-    windows = token_windows(read_text(text.text), tokenizer, text.seq_len)
+    windows = token_windows(raw, tokenizer, text.seq_len)
     sizes = [text.samples, text.gradient_samples, text.measure]
     taken = take_windows(windows, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
     _require_room(config, model)
@@ -216,15 +222,25 @@ def _measure_factors(
 def _perplexity(model: Any, windows: torch.Tensor, device: str, track: Track) -> float | None:
     if not len(windows):
         return None
-    value = perplexity(model.to(resolve_device(device)), windows, track=track)
+    value = perplexity(model.to(_roomy(resolve_device(device), model)), windows, track=track)
     model.to("cpu")
     return value
 
 
+def _roomy(device: torch.device, model: Any) -> torch.device:
+    """The device, or the CPU where the whole model would not fit on it."""
+    if device.type == "cuda" and 1.25 * tensor_bytes(model) > torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
+
+
 def _require_room(config: CompressConfig, model: Any) -> None:
-    """Work folder and checkpoint, estimated from above before hours are spent."""
+    """Work folder and checkpoint, estimated from above before hours are spent; what an earlier run left counts."""
+    if config.out.exists():
+        return
     weights = [weight_of(m) for block in block_linears(model) for m in block.values()]
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if config.method.two_sided else 0)) for w in weights)
     factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
-    require_room(config.out.absolute().parent, total + factors + (0 if config.curvature else moments))
+    folders = [work_folder(config.out), *([config.curvature] if config.curvature else [])]
+    there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    require_room(config.out.absolute().parent, max(0, tensor_bytes(model) + factors + moments - there))

@@ -22,7 +22,7 @@ def identify_job(config: CompressConfig, weights: str) -> dict[str, Any]:
         "model": config.model,
         "weights": weights,
         "options": config.method.options(),
-        "calibration": {key: getattr(text, key) for key in text.__dataclass_fields__},
+        "calibration": {key: getattr(text, key) for key in text.__dataclass_fields__ if key != "measure"},
         "plan": config.plan.read_text(encoding="utf-8") if config.plan else None,
         "curvature": str(config.curvature) if config.curvature else None,
     }

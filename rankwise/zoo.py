@@ -110,7 +110,7 @@ def disk_bytes(source: str, dtype: str = "auto") -> int | None:
     """Bytes of a model's weight files on this machine's disk (None if it is not there)."""
     folder = local_folder(source, dtype)
     for pattern in ("*.safetensors", "*.bin"):
-        if folder and (files := list(folder.glob(pattern))):
+        if folder and (files := [p for p in folder.glob(pattern) if not p.name.startswith("consolidated")]):
             return sum(path.stat().st_size for path in files)
     return None
 

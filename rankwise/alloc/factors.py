@@ -95,15 +95,14 @@ def pivot_form(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     """
     rank = u.shape[1]
     rows = u.double().cpu().numpy()
-    _, r, order = scipy.linalg.qr(rows.T, mode="economic", pivoting=True)
-    pivots, others = np.sort(order[:rank]), np.sort(order[rank:])
+    r, order = scipy.linalg.qr(rows.T, mode="r", pivoting=True)
     if abs(r[rank - 1, rank - 1]) > 1e-12 * abs(r[0, 0]):
-        coeff = np.linalg.solve(rows[pivots].T, rows[others].T).T
+        coeff = scipy.linalg.solve_triangular(r[:rank, :rank], r[:rank, rank:]).T
     else:  # u has fewer than k independent columns: any exact combination will do
-        coeff = np.linalg.lstsq(rows[pivots].T, rows[others].T, rcond=None)[0].T
+        coeff = np.linalg.lstsq(rows[order[:rank]].T, rows[order[rank:]].T, rcond=None)[0].T
     index = np.empty(len(rows), dtype=np.int32)
-    index[np.concatenate([pivots, others])] = np.arange(len(rows), dtype=np.int32)
-    basis = torch.from_numpy(rows[pivots]) @ v.double().cpu()
+    index[order] = np.arange(len(rows), dtype=np.int32)
+    basis = torch.from_numpy(rows[order[:rank]]) @ v.double().cpu()
     return torch.from_numpy(index), basis.float(), torch.from_numpy(np.ascontiguousarray(coeff)).float()
 
 

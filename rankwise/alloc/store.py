@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import factorize
@@ -75,22 +76,30 @@ def factorize_model(
     with track("factors", len(linears)) as advance:
         for index, block in enumerate(linears):
             if not store.file(index).exists():
-                inputs = curvature.inputs(index)
                 outputs = curvature.outputs(index) if two_sided else {}
-                tensors: dict[str, torch.Tensor] = {}
-                for name, linear in block.items():
-                    try:
-                        factors = factorize(weight_of(linear).to(device), inputs[name], outputs.get(name))
-                    except RankwiseError as error:
-                        raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
-                    tensors |= {
-                        f"{name}.u": factors.u,
-                        f"{name}.v": factors.v,
-                        f"{name}.energy": factors.energy,
-                    }
-                write_tensors(store.file(index), tensors, {})
+                write_tensors(store.file(index), _factorize_block(block, curvature.inputs(index), outputs, device), {})
             advance()
     return store
+
+
+def _factorize_block(
+    block: dict[str, nn.Module],
+    inputs: dict[str, torch.Tensor],
+    outputs: dict[str, torch.Tensor],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Factors of one block's layers, in host memory, under their names in the file."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, linear in block.items():
+        try:
+            factors = factorize(weight_of(linear).to(device), inputs[name], outputs.get(name))
+        except RankwiseError as error:
+            raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
+        except torch.linalg.LinAlgError as error:
+            raise RankwiseError(name, str(error), "measure the curvature again, on other text") from None
+        parts = {"u": factors.u, "v": factors.v, "energy": factors.energy}
+        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
+    return tensors
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:

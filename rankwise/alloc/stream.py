@@ -66,9 +66,9 @@ class BlockStream:
     @contextmanager
     def on_device(self, index: int) -> Iterator[nn.Module]:
         """Block `index`, on the device while the context lasts."""
-        block = self.blocks[index].to(self.device)
+        block = self.blocks[index]
         try:
-            yield block
+            yield block.to(self.device)
         finally:
             block.to("cpu")
 
@@ -154,6 +154,10 @@ def _forwards(blocks: Sequence[nn.Module] | nn.ModuleList, forwards: Sequence[Fo
     """Replace the blocks' forward methods while the context lasts."""
     with ExitStack() as undo:
         for block, forward in zip(blocks, forwards, strict=True):
+            earlier = block.__dict__.get("forward")  # accelerate puts its hooks there
             block.forward = forward
-            undo.callback(block.__dict__.pop, "forward")
+            if earlier is None:
+                undo.callback(block.__dict__.pop, "forward")
+            else:
+                undo.callback(setattr, block, "forward", earlier)
         yield

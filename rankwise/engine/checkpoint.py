@@ -12,7 +12,6 @@ from typing import Any
 from rankwise.engine.layers import tensor_shapes
 from rankwise.errors import RankwiseError
 from rankwise.files import (
-    CHECKSUMS,
     check_checksums,
     disk_guard,
     open_tensors,
@@ -191,8 +190,19 @@ def verify(folder: str | Path) -> int:
         )
     required = [CONFIG, PLAN, *(path.name for path in shard_files(folder))]
     count = check_checksums(folder, required)
-    open_checkpoint(folder)
+    _, shards = open_checkpoint(folder)
+    _check_pivots(shards)
     return count
+
+
+def _check_pivots(shards: list[Path]) -> None:
+    """Every pivot_index must be a permutation; anything else would mix up or lose outputs."""
+    for path in shards:
+        with open_tensors(path) as file:
+            for name in (key for key in file.keys() if key.endswith(".pivot_index")):  # noqa: SIM118
+                index = file.get_tensor(name)
+                if index.sort().values.tolist() != list(range(len(index))):
+                    raise RankwiseError(name, "no permutation", "the tensor is damaged; write the checkpoint again")
 
 
 def folder_bytes(folder: str | Path) -> int:
@@ -213,6 +223,3 @@ def _quantization(config: Any) -> dict[str, Any]:
     """`quantization_config` of a config.json; empty if there is none, or none worth the name."""
     found = config.get("quantization_config") if isinstance(config, dict) else None
     return found if isinstance(found, dict) else {}
-
-
-__all__ = ["CHECKSUMS", "PLAN", "check_headers", "open_checkpoint", "save", "verify"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rankwise.alloc import curvature as module
+from rankwise.alloc import sweeps
 from rankwise.alloc.curvature import Curvature, collect
 from rankwise.anatomy import block_linears
 from rankwise.errors import RankwiseError
@@ -188,14 +188,14 @@ class Killer:
             raise InterruptedError
 
     def watch_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        write = module.write_tensors
+        write = sweeps.write_tensors
 
         def watched(*args: Any) -> None:
             self.event()
             write(*args)
             self.event()
 
-        monkeypatch.setattr(module, "write_tensors", watched)
+        monkeypatch.setattr(sweeps, "write_tensors", watched)
 
     def watch_removals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         unlink = Path.unlink
@@ -267,7 +267,7 @@ def test_finished_blocks_are_not_measured_again(
     def fail(*args: Any) -> None:
         pytest.fail("the model was run")
 
-    monkeypatch.setattr(module, "BlockStream", fail)
+    monkeypatch.setattr("rankwise.alloc.curvature.BlockStream", fail)
     assert measure(model, tmp_path).identity == first.identity
     assert measure(model, tmp_path, None).identity == first.identity  # what is there beyond the need does no harm
     assert measure(model, tmp_path, None, seed=9).identity == first.identity  # inputs know no labels

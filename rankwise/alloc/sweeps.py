@@ -1,0 +1,135 @@
+"""The two sweeps that measure curvature: forward for the inputs, backward for the output gradients.
+
+One block at a time: what a sweep has finished is on the disk, and a later call goes on from there.
+"""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from rankwise.alloc.moments import GradientSums, InputSums
+from rankwise.alloc.stream import BlockStream
+from rankwise.errors import RankwiseError
+from rankwise.files import read_tensors, write_tensors
+from rankwise.progress import Track
+
+
+class Files(Protocol):
+    """Where a curvature keeps its blocks."""
+
+    @property
+    def has_inputs(self) -> bool:
+        """True if the input moments of every block are there."""
+        ...
+
+    def file(self, what: str, index: int) -> Path:
+        """The file that holds `inputs`, `outputs`, `hidden` or `grad` of block `index`."""
+        ...
+
+
+def sweep_forward(
+    stream: BlockStream,
+    linears: list[dict[str, nn.Module]],
+    windows: torch.Tensor,
+    gradient_windows: torch.Tensor | None,
+    curvature: Files,
+    track: Track,
+) -> None:
+    """Input moments of every block; the blocks' inputs on the gradient windows are kept for the way back."""
+    hidden = [] if curvature.has_inputs else [stream.embed(window[None]) for window in windows]
+    kept = [] if gradient_windows is None else [stream.embed(window[None]) for window in gradient_windows]
+    with track("input moments", len(stream)) as advance:
+        for index, layers in enumerate(linears):
+            _keep(kept, curvature.file("hidden", index))
+            done = curvature.file("inputs", index).exists()
+            sums = InputSums({} if done else layers)
+            with torch.no_grad(), stream.on_device(index), sums.listening():
+                for number, h in enumerate(hidden):
+                    sums.start_window()
+                    hidden[number] = stream.run(index, h.to(stream.device)).cpu()
+            if not done:
+                moments, groups = sums.finish(windows.numel())
+                write_tensors(curvature.file("inputs", index), moments, {"groups": json.dumps(groups, sort_keys=True)})
+            with torch.no_grad(), stream.on_device(index):
+                kept = [stream.run(index, h.to(stream.device)).cpu() for h in kept]
+            advance()
+    _keep(kept, curvature.file("hidden", len(stream)))
+
+
+def _keep(hidden: list[torch.Tensor], path: Path) -> None:
+    if hidden and not path.exists():
+        write_tensors(path, {"hidden": torch.cat(hidden)}, {})
+
+
+def sweep_backward(
+    stream: BlockStream,
+    linears: list[dict[str, nn.Module]],
+    windows: torch.Tensor,
+    curvature: Files,
+    seed: int,
+    track: Track,
+) -> None:
+    """Output-gradient moments, last block first; each block's forward is recomputed from its kept input."""
+    last = len(stream)
+    with track("output-gradient moments", last + 1) as advance:
+        if not any(curvature.file("grad", i).exists() for i in range(last + 1)):
+            write_tensors(curvature.file("grad", last), {"grad": _head_gradients(stream, windows, curvature, seed)}, {})
+        advance()
+        for index in reversed(range(last)):
+            above, below = curvature.file("grad", index + 1), curvature.file("grad", index)
+            if above.exists() and not below.exists():
+                moments, grad = _block_gradients(stream, index, linears[index], curvature)
+                write_tensors(curvature.file("outputs", index), moments, {})
+                write_tensors(below, {"grad": grad}, {})
+            if below.exists():
+                above.unlink(missing_ok=True)
+            advance()
+
+
+def _head_gradients(stream: BlockStream, windows: torch.Tensor, curvature: Files, seed: int) -> torch.Tensor:
+    """Gradient at the last block's output, `[M, T, d]`, of the summed loss under labels drawn from the model."""
+    grads = []
+    for number, hidden in enumerate(_load(curvature.file("hidden", len(stream)), "hidden")):
+        leaf = hidden[None].to(stream.device).requires_grad_()
+        logits = stream.head(windows[number][None], leaf)[0].float()
+        if not torch.isfinite(logits).all():
+            raise RankwiseError(
+                "logits", "NaN or Inf", "check the norm and the head behind the blocks, or try --dtype fp32"
+            )
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        loss = cross_entropy(logits, labels.to(stream.device), reduction="sum")
+        grads.append(_gradient(loss, leaf, None, "the head"))
+    return torch.stack(grads)
+
+
+def _block_gradients(
+    stream: BlockStream, index: int, layers: dict[str, nn.Module], curvature: Files
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One block's F matrices, and the gradients `[M, T, d]` at its input."""
+    hidden = _load(curvature.file("hidden", index), "hidden")
+    above = _load(curvature.file("grad", index + 1), "grad")
+    sums = GradientSums(layers)
+    grads = []
+    with stream.on_device(index), sums.listening():
+        for h, g in zip(hidden, above, strict=True):
+            leaf = h[None].to(stream.device).requires_grad_()
+            out = stream.run(index, leaf)
+            grads.append(_gradient(out, leaf, g[None].to(stream.device), f"block {index}"))
+    return sums.finish(hidden.shape[0] * hidden.shape[1]), torch.stack(grads)
+
+
+def _gradient(out: torch.Tensor, leaf: torch.Tensor, above: torch.Tensor | None, where: str) -> torch.Tensor:
+    """Gradient `[T, d]` at `leaf`; parameters gather none, whether they are frozen or not."""
+    (grad,) = torch.autograd.grad(out, leaf, above)
+    if not torch.isfinite(grad).all():
+        raise RankwiseError("gradients", f"NaN or Inf behind {where}", "try --dtype fp32 or bf16")
+    return grad[0].cpu()
+
+
+def _load(path: Path, key: str) -> torch.Tensor:
+    return read_tensors(path)[key].clone()  # aligned memory: the same sums as from a tensor just computed
