@@ -71,6 +71,7 @@ def child(arguments: list[str], chosen: dict[str, Any], log: str, pipe: Any) -> 
     fate = Fate(**chosen)
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
     output = os.open(f"{log}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
