@@ -90,6 +90,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     atomic_write(path, lambda part: save_file(ready, part, metadata=metadata))
 
 
+def differing_keys(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The keys under which two identities differ, for an error message; empty if they are the same."""
+    return ", ".join(sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)))
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read one safetensors file whole, or raise a RankwiseError that names it."""
     with open_tensors(path) as file:

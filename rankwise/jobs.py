@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import RankwiseError
-from rankwise.files import read_json, write_json
+from rankwise.files import differing_keys, read_json, write_json
 
 JOB = "job.json"
 
@@ -95,8 +95,6 @@ class Job:
             path.unlink(missing_ok=True)
         if not path.exists():
             write_json(path, identity)
-        found = read_json(path)
-        different = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
-        if different:
-            reason = f"{self.folder} holds unfinished work with other {', '.join(different)}"
+        if different := differing_keys(read_json(path), identity):
+            reason = f"{self.folder} holds unfinished work with other {different}"
             raise RankwiseError("out", reason, "finish that command, or pass --restart to throw its work away")

@@ -59,19 +59,8 @@ def allocate(
         text, gradient_text = text[:split], text[split:]
     temporary = tempfile.TemporaryDirectory(prefix="rankwise-") if work is None else None
     folder = Path(temporary.name if temporary else str(work))
-    target = resolve_device(device)
-    gradients = gradient_text if method.two_sided else None
-    curvature = collect(
-        model, text, gradients, folder / f"curvature-{method.sides}", device=target, seed=seed, track=track
-    )
-    factors = factorize_model(
-        model,
-        curvature,
-        folder / f"factors-{method.sides}",
-        two_sided=method.two_sided,
-        device=target,
-        track=track,
-    )
+    places = folder / f"curvature-{method.sides}", folder / f"factors-{method.sides}"
+    factors, curvature = _measure_factors(model, text, gradient_text, method, *places, device, seed, track)
     plan = method.allocate(factors, model_dtype(model))
     factors.keep_alive = temporary
     plan.factors = factors
@@ -175,7 +164,11 @@ def _work(
     track: Track,
 ) -> RankPlan:
     weights = model_dtype(model)
-    store, curvature = _measure_factors(config, model, windows, work, track)
+    inputs, gradients = windows["inputs"], windows["gradients"]
+    places = config.curvature or work / "curvature", work / "factors"
+    store, curvature = _measure_factors(
+        model, inputs, gradients, config.method, *places, config.device, config.text.seed, track
+    )
     plan = config.method.allocate(store, weights) if given is None else config.method.restate(given, store, weights)
     plan.provenance = provenance(config, curvature.identity, weights)
     held_out = windows["measure"]
@@ -209,14 +202,21 @@ def _fill(layer: CompressedLinear, kind: str, factors: tuple[torch.Tensor, torch
 
 
 def _measure_factors(
-    config: CompressConfig, model: Any, windows: dict[str, torch.Tensor], work: Path, track: Track
+    model: Any,
+    inputs: torch.Tensor,
+    gradients: torch.Tensor | None,
+    method: Method,
+    moments: Path,
+    factors: Path,
+    device: str,
+    seed: int,
+    track: Track,
 ) -> tuple[FactorStore, Curvature]:
-    device, method = resolve_device(config.device), config.method
-    folder = config.curvature or work / "curvature"
-    gradients = windows["gradients"] if method.two_sided else None
-    curvature = collect(model, windows["inputs"], gradients, folder, device=device, seed=config.text.seed, track=track)
-    store = factorize_model(model, curvature, work / "factors", two_sided=method.two_sided, device=device, track=track)
-    return store, curvature
+    """Curvature into the folder `moments`, then factors into `factors`; gradients only where the method asks."""
+    target, two_sided = resolve_device(device), method.two_sided
+    wanted = gradients if two_sided else None
+    curvature = collect(model, inputs, wanted, moments, device=target, seed=seed, track=track)
+    return factorize_model(model, curvature, factors, two_sided=two_sided, device=target, track=track), curvature
 
 
 def _perplexity(model: Any, windows: torch.Tensor, device: str, track: Track) -> float | None:

@@ -11,7 +11,7 @@ from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import factorize
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.errors import RankwiseError
-from rankwise.files import open_tensors, read_json, write_json, write_tensors
+from rankwise.files import differing_keys, open_tensors, read_json, write_json, write_tensors
 from rankwise.progress import Track, silent
 
 
@@ -109,7 +109,5 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         if any(folder.glob("factors_*.safetensors")):
             raise RankwiseError("factors", f"{folder} (no {path.name} in it)", "use a new folder, or --restart")
         write_json(path, identity)
-    if (found := read_json(path)) != identity:
-        different = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
-        reason = f"{folder} was made with other {', '.join(different)}"
-        raise RankwiseError("factors", reason, "use a new folder")
+    if different := differing_keys(read_json(path), identity):
+        raise RankwiseError("factors", f"{folder} was made with other {different}", "use a new folder")
