@@ -7,6 +7,7 @@ compared and edited by hand; `rankwise compress --plan` accepts one.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class LayerSpec:
         weights: how numbers are stored: `bf16`, `fp16` or `fp32`.
         energy: share of the metric's energy kept, 0..1 (None if unknown).
         loss: predicted increase of the loss, nats a token, by the curvature's quadratic model (None if unknown).
+        indices: the kept components, rising, where they are not the first `rank` (any-k selection); else None.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class LayerSpec:
     weights: str = "bf16"
     energy: float | None = None
     loss: float | None = None
+    indices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,11 +65,23 @@ class LayerSpec:
             check_number(name, getattr(self, name))
         if self.rank > self.full_rank:
             raise RankwiseError("rank", self.rank, f"allowed: 1 to {self.full_rank}")
+        self._check_indices()
         if self.kind == "pivot" and self.rank == self.full_rank:
             raise RankwiseError("rank", self.rank, f"as large as dense; allowed for pivot: 1 to {self.full_rank - 1}")
         if self.parameters > self.dense_parameters:
             allowed = self.dense_parameters // (self.out_features + self.in_features)
             raise RankwiseError("rank", self.rank, f"larger than dense; allowed for lowrank: 1 to {allowed}")
+
+    def _check_indices(self) -> None:
+        if self.indices is None:
+            return
+        kept = tuple(self.indices)
+        object.__setattr__(self, "indices", kept)
+        whole = all(isinstance(i, int) and not isinstance(i, bool) for i in kept)
+        rising = whole and all(a < b for a, b in pairwise((-1, *kept, self.full_rank)))
+        if self.kind == "dense" or not rising or len(kept) != self.rank:
+            allowed = f"for lowrank and pivot: {self.rank} rising whole numbers from 0 to {self.full_rank - 1}"
+            raise RankwiseError("indices", f"{len(kept)} of them, {list(kept[:4])}...", allowed)
 
     @property
     def full_rank(self) -> int:
@@ -150,7 +165,7 @@ class RankPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
-        layers = {name: asdict(spec) for name, spec in self}
+        layers = {name: _entry(spec) for name, spec in self}
         return {
             "format": FORMAT,
             "ratio": self.ratio,
@@ -195,6 +210,11 @@ def check_format(found: Any, source: str) -> None:
     if found != FORMAT:
         hint = "upgrade rankwise" if isinstance(found, int) and found > FORMAT else "write it again"
         raise RankwiseError(source, f"format {found!r}", f"this version reads format {FORMAT}: {hint}")
+
+
+def _entry(spec: LayerSpec) -> dict[str, Any]:
+    """A spec as JSON-ready data; `indices` only where there are some."""
+    return {key: value for key, value in asdict(spec).items() if key != "indices" or value is not None}
 
 
 def _spec(name: str, entry: Any, source: str) -> LayerSpec:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rankwise.progress import Track, on_terminal, silent
+from rankwise.progress import Track, on_terminal, say, silent
 
 TRACKS = pytest.mark.parametrize("track", [silent, on_terminal], ids=["silent", "on_terminal"])
 
@@ -64,6 +64,20 @@ def test_steps_one_after_the_other(capfd: pytest.CaptureFixture[str]) -> None:
     err = capfd.readouterr().err
     assert err.index("input moments") < err.index("factors")
     assert err.count("1/1") == 2
+
+
+@TRACKS
+def test_work_may_say_where_it_stands(track: Track, capfd: pytest.CaptureFixture[str]) -> None:
+    with track("masks", 40) as advance:
+        for step in range(40):
+            advance()
+            say(advance, f"ratio {step / 100}")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "ratio" in line]
+    assert lines == ([] if track is silent else [f"masks {n}/40: ratio {(n - 1) / 100}" for n in range(4, 41, 4)])
+
+
+def test_a_track_that_only_counts_hears_nothing() -> None:
+    say(lambda: None, "ratio 0.8")
 
 
 ON_A_TERMINAL = """

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.alloc.moments import MAGNITUDES
 from rankwise.alloc.stream import BlockStream
 from rankwise.alloc.sweeps import sweep_backward, sweep_forward
 from rankwise.anatomy import block_linears, require_finite
@@ -24,7 +25,7 @@ from rankwise.files import open_tensors, read_json, read_tensors, write_json
 from rankwise.jobs import locked
 from rankwise.progress import Track, silent
 
-FORMAT = 1
+FORMAT = 2  # 2: the inputs' files hold mean magnitudes too
 INDEX = "curvature.json"
 
 
@@ -72,6 +73,13 @@ class Curvature:
             moments = {leader: file.get_tensor(leader) for leader in set(groups.values())}
         return {name: moments[leader] for name, leader in groups.items()}
 
+    def magnitudes(self, index: int) -> dict[str, torch.Tensor]:
+        """Layer name to E|x| `[n]` fp32 per input feature; layers that read the same tensor share one vector."""
+        with open_tensors(self.file("inputs", index)) as file:
+            groups = json.loads(file.metadata()["groups"])
+            sizes = {leader: file.get_tensor(MAGNITUDES + leader) for leader in set(groups.values())}
+        return {name: sizes[leader] for name, leader in groups.items()}
+
     def outputs(self, index: int) -> dict[str, torch.Tensor]:
         """Layer name to F `[m, m]` fp32."""
         return read_tensors(self.file("outputs", index))
@@ -82,9 +90,9 @@ def identify(model: Any, windows: torch.Tensor, gradient_windows: torch.Tensor, 
     return {
         "format": FORMAT,
         "blocks": len(block_linears(model)),
-        "model": _model_hash(model),
-        "text": _hash(windows),
-        "gradient_text": _hash(gradient_windows),
+        "model": model_hash(model),
+        "text": hash_windows(windows),
+        "gradient_text": hash_windows(gradient_windows),
         "samples": len(windows),
         "gradient_samples": len(gradient_windows),
         "seq_len": windows.shape[1],
@@ -174,11 +182,12 @@ def _claim(folder: Path, identity: dict[str, Any]) -> Curvature:
     return Curvature(folder, found)
 
 
-def _hash(windows: torch.Tensor) -> str:
+def hash_windows(windows: torch.Tensor) -> str:
+    """16 hex digits that stand for these token ids."""
     return hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _model_hash(model: Any) -> str:
+def model_hash(model: Any) -> str:
     """Names, shapes, dtypes and a sample of every parameter: another model, another hash, in about a second."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

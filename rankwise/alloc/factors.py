@@ -4,6 +4,7 @@ One-sided (inputs only): minimise `‖(W - Ŵ) C^½‖`; the optimum of rank k i
 eigenvectors of `W C Wᵀ`. It equals SVD-LLM's whitening (2403.07378) and needs no inverse of C.
 Two-sided: minimise `‖F^½ (W - Ŵ) C^½‖`, whose squared singular values are twice the second-order estimate
 of the loss, in nats a token, that a component is worth.
+Diagonal: minimise `‖(W - Ŵ) S‖` with `S = diag(E|x_i|^α)`, the metric of ASVD (2312.05821).
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import torch
 
 from rankwise.errors import RankwiseError
 
+SIDES = ("one", "two", "diagonal")  # the metrics by name
+ALPHA = 0.5  # the exponent of ASVD's scales
+FLOOR = 1e-6  # share of the mean magnitude below which no input feature counts
 # Added to a metric's eigenvalues, as a share of their mean: dead channels and directions that the
 # calibration never saw stay in the problem with a small weight, so no factor is undefined.
 DAMPING = 1e-6
@@ -79,6 +83,39 @@ def factorize(
     if not all(m.any() for m in (inputs, outputs) if m is not None):
         energy = torch.full_like(energy, torch.inf)
     return _balanced(u, v, energy)
+
+
+@torch.no_grad()
+def factorize_diagonal(weight: torch.Tensor, magnitudes: torch.Tensor, *, alpha: float = ALPHA) -> Factors:
+    """Factor a weight in ASVD's metric (2312.05821): the leading part of the SVD of `W S`, times `S⁻¹`.
+
+    Args:
+        weight: W `[m, n]`, any float dtype, finite.
+        magnitudes: E|x_i| `[n]`, not negative. One below `FLOOR` times their mean counts as that much, so that dead
+            features stay in the problem with a small weight and no factor is undefined.
+        alpha: `S = diag(magnitudes ^ alpha)`.
+
+    Returns:
+        Factors as from `factorize`: in fp32, energy the squared singular values of `W S`. If all magnitudes are zero
+        the metric is the identity, and the energy is infinite.
+
+    Raises:
+        RankwiseError: NaN, Inf or a negative magnitude.
+    """
+    w = weight.double()
+    sizes = magnitudes.to(device=w.device, dtype=torch.float64)
+    if not torch.isfinite(sizes).all() or (sizes < 0).any():
+        raise RankwiseError("input magnitudes", "NaN, Inf or negative", "measure the curvature again")
+    seen = bool(sizes.any())
+    scale = sizes.clamp_min(FLOOR * float(sizes.mean())).pow(alpha) if seen else torch.ones_like(sizes)
+    scaled = w * scale
+    if w.shape[0] <= w.shape[1]:
+        energy, basis = _leading(scaled @ scaled.T)
+        u, v = basis, basis.T @ w
+    else:
+        energy, basis = _leading(scaled.T @ scaled)
+        u, v = scaled @ basis, basis.T / scale
+    return _balanced(u, v, energy if seen else torch.full_like(energy, torch.inf))
 
 
 def pivot_form(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,6 +10,8 @@ from torch import nn
 from rankwise.anatomy import features
 from rankwise.errors import RankwiseError
 
+MAGNITUDES = "magnitudes."  # before a leader's name, in the inputs' files
+
 
 class _Sums:
     def __init__(self, layers: dict[str, nn.Module]) -> None:
@@ -44,7 +46,7 @@ class _Sums:
 
 
 class InputSums(_Sums):
-    """`Σ x xᵀ` per layer; layers that are handed the same tensor (q, k, v; gate, up) share one sum.
+    """`Σ x xᵀ` and `Σ |x|` per layer; layers that are handed the same tensor (q, k, v; gate, up) share one sum.
 
     Args:
         layers: name to module, of one block.
@@ -52,6 +54,7 @@ class InputSums(_Sums):
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__(layers)
+        self.sizes: dict[str, torch.Tensor] = {}
         self.leaders: dict[str, str] = {}
         self._seen: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
 
@@ -67,6 +70,8 @@ class InputSums(_Sums):
             self.leaders[name] = leader
             if leader == name:
                 self._add(name, x)
+                size = x.detach().reshape(-1, x.shape[-1]).float().abs().sum(0)
+                self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
 
         return module.register_forward_pre_hook(hook)
 
@@ -77,6 +82,11 @@ class InputSums(_Sums):
                 n = features(module)[1]
                 self.leaders[name], self.sums[name] = name, torch.zeros(n, n)
         return self._means(tokens, "input activations"), self.leaders
+
+    def magnitudes(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Leader to mean |x| `[n]`; call after `finish`. Zeros for a layer that was never called."""
+        zeros = {name: total.new_zeros(len(total)) for name, total in self.sums.items()}
+        return {name: self.sizes.get(name, zero) / tokens for name, zero in zeros.items()}
 
 
 class GradientSums(_Sums):

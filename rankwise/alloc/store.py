@@ -1,5 +1,6 @@
 """Factors of all layers on disk: made once, block by block, then read at any rank."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import nn
 
 from rankwise.alloc.curvature import Curvature
-from rankwise.alloc.factors import factorize
+from rankwise.alloc.factors import Factors, factorize, factorize_diagonal
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.errors import RankwiseError
 from rankwise.files import differing_keys, open_tensors, read_json, write_json, write_tensors
 from rankwise.progress import Track, silent
+
+Metric = Callable[[str, torch.Tensor], Factors]  # a layer's name and its weight to its factors
 
 
 class FactorStore:
@@ -47,11 +50,15 @@ class FactorStore:
         """The file of block `index`."""
         return self.folder / f"factors_{index:03d}.safetensors"
 
-    def load(self, name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best rank-k pair of a layer: u `[m, k]` and v `[k, n]`, fp32."""
+    def load(self, name: str, rank: int, indices: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A pair of factors, u `[m, k]` and v `[k, n]`, fp32: the first k components, or those in `indices`."""
+        if indices is not None:
+            kept = list(indices)
+            u, v = self.load(name, kept[-1] + 1)
+            return u[:, kept].contiguous(), v[kept].contiguous()
         with open_tensors(self.file(self._block[name])) as file:
-            u, v = file.get_slice(f"{name}.u"), file.get_slice(f"{name}.v")
-            return u[:, :rank].contiguous(), v[:rank].contiguous()
+            left, right = file.get_slice(f"{name}.u"), file.get_slice(f"{name}.v")
+            return left[:, :rank].contiguous(), right[:rank].contiguous()
 
 
 def factorize_model(
@@ -59,40 +66,47 @@ def factorize_model(
     curvature: Curvature,
     folder: Path,
     *,
-    two_sided: bool,
+    sides: str,
     device: torch.device,
     track: Track = silent,
 ) -> FactorStore:
     """Factor every linear layer, or finish what `folder` holds of it; one block's curvature in memory at a time.
+
+    Args:
+        sides: the metric, one of `factors.SIDES`.
 
     Raises:
         RankwiseError: output-gradient moments are asked for and missing, or a matrix is unusable.
     """
     linears = block_linears(model)
     store = FactorStore(folder, [{name: features(m) for name, m in block.items()} for block in linears])
-    if two_sided and not curvature.has_outputs:
+    if sides == "two" and not curvature.has_outputs:
         raise RankwiseError("curvature", str(curvature.folder), "it has no output-gradient moments; use --sides one")
-    _claim(folder, {"sides": "two" if two_sided else "one", **curvature.identity})
+    _claim(folder, {"sides": sides, **curvature.identity})
     with track("factors", len(linears)) as advance:
         for index, block in enumerate(linears):
             if not store.file(index).exists():
-                outputs = curvature.outputs(index) if two_sided else {}
-                write_tensors(store.file(index), _factorize_block(block, curvature.inputs(index), outputs, device), {})
+                write_tensors(store.file(index), _factorize_block(block, _metric(curvature, index, sides), device), {})
             advance()
     return store
 
 
-def _factorize_block(
-    block: dict[str, nn.Module],
-    inputs: dict[str, torch.Tensor],
-    outputs: dict[str, torch.Tensor],
-    device: torch.device,
-) -> dict[str, torch.Tensor]:
+def _metric(curvature: Curvature, index: int, sides: str) -> Metric:
+    """What factors a named weight of one block in the metric `sides`."""
+    if sides == "diagonal":
+        magnitudes = curvature.magnitudes(index)
+        return lambda name, weight: factorize_diagonal(weight, magnitudes[name])
+    inputs = curvature.inputs(index)
+    outputs = curvature.outputs(index) if sides == "two" else {}
+    return lambda name, weight: factorize(weight, inputs[name], outputs.get(name))
+
+
+def _factorize_block(block: dict[str, nn.Module], metric: Metric, device: torch.device) -> dict[str, torch.Tensor]:
     """Factors of one block's layers, in host memory, under their names in the file."""
     tensors: dict[str, torch.Tensor] = {}
     for name, linear in block.items():
         try:
-            factors = factorize(weight_of(linear).to(device), inputs[name], outputs.get(name))
+            factors = metric(name, weight_of(linear).to(device))
         except RankwiseError as error:
             raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
         except torch.linalg.LinAlgError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from rankwise.alloc.moments import GradientSums, InputSums
+from rankwise.alloc.moments import MAGNITUDES, GradientSums, InputSums
 from rankwise.alloc.stream import BlockStream
 from rankwise.errors import RankwiseError
 from rankwise.files import read_tensors, write_tensors
@@ -52,12 +52,17 @@ def sweep_forward(
                     sums.start_window()
                     hidden[number] = stream.run(index, h.to(stream.device)).cpu()
             if not done:
-                moments, groups = sums.finish(windows.numel())
-                write_tensors(curvature.file("inputs", index), moments, {"groups": json.dumps(groups, sort_keys=True)})
+                _write_inputs(sums, windows.numel(), curvature.file("inputs", index))
             with torch.no_grad(), stream.on_device(index):
                 kept = [stream.run(index, h.to(stream.device)).cpu() for h in kept]
             advance()
     _keep(kept, curvature.file("hidden", len(stream)))
+
+
+def _write_inputs(sums: InputSums, tokens: int, path: Path) -> None:
+    moments, groups = sums.finish(tokens)
+    sizes = {MAGNITUDES + leader: size for leader, size in sums.magnitudes(tokens).items()}
+    write_tensors(path, moments | sizes, {"groups": json.dumps(groups, sort_keys=True)})
 
 
 def _keep(hidden: list[torch.Tensor], path: Path) -> None:

@@ -100,6 +100,33 @@ def test_moments_equal_those_of_the_whole_model(
             assert relative_error(found[name], expected[name]) < 1e-4, (side, name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_magnitudes_equal_those_of_the_whole_model(family: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny(family)
+    curvature = measure(model, tmp_path, None)
+    expected: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any) -> None:
+            rows = args[0].detach().double().reshape(-1, args[0].shape[-1])
+            expected[name] = expected.get(name, 0.0) + rows.abs().sum(0) / WINDOWS.numel()
+
+        return hook
+
+    for block in block_linears(model):
+        for name, layer in block.items():
+            layer.register_forward_pre_hook(keep(name))
+    for window in WINDOWS:
+        model(input_ids=window[None], use_cache=False)
+    for index, block in enumerate(block_linears(model)):
+        found = curvature.magnitudes(index)
+        assert sorted(found) == sorted(block)
+        for name, sizes in found.items():
+            assert sizes.dtype == torch.float32
+            assert sizes.shape == (len(curvature.inputs(index)[name]),)
+            assert relative_error(sizes, expected[name]) < 1e-5, name
+
+
 def test_bf16_models_are_summed_in_fp32(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny("llama", torch.bfloat16)
     curvature = measure(model, tmp_path)
@@ -132,7 +159,7 @@ def test_shared_inputs_lie_on_disk_once(
     model = tiny(family)
     curvature = measure(model, tmp_path, None)
     for index in range(2):
-        assert len(load_file(curvature.file("inputs", index))) == len(leaders)
+        assert len(load_file(curvature.file("inputs", index))) == 2 * len(leaders)  # moments and magnitudes
     found = curvature.inputs(1)
     prefix = next(iter(found)).split(".1.")[0]
     assert sorted(found) == sorted(block_linears(model)[1])
@@ -147,6 +174,7 @@ def test_a_layer_never_called_has_zero_moments(tiny: Callable[..., Any], tmp_pat
     curvature = measure(model, tmp_path)
     name = "model.layers.1.spare"
     assert torch.equal(curvature.inputs(1)[name], torch.zeros(32, 32))
+    assert torch.equal(curvature.magnitudes(1)[name], torch.zeros(32))
     assert torch.equal(curvature.outputs(1)[name], torch.zeros(48, 48))
 
 
@@ -463,5 +491,5 @@ def test_identity_is_written_for_people_to_read(tiny: Callable[..., Any], tmp_pa
     curvature = measure(tiny("llama"), tmp_path, seed=5)
     identity = json.loads((tmp_path / "curvature.json").read_text())
     assert identity == curvature.identity
-    expected = {"format": 1, "blocks": 2, "samples": 3, "gradient_samples": 2, "seq_len": 24, "seed": 5}
+    expected = {"format": 2, "blocks": 2, "samples": 3, "gradient_samples": 2, "seq_len": 24, "seed": 5}
     assert {key: identity[key] for key in expected} == expected

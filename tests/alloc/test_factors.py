@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rankwise.alloc.factors import DAMPING, Factors, factorize, pivot_form
+from rankwise.alloc.factors import ALPHA, DAMPING, FLOOR, Factors, factorize, factorize_diagonal, pivot_form
 from rankwise.errors import RankwiseError
 from rankwise.kernels import pivot_linear
 
@@ -286,6 +286,83 @@ def test_zero_inputs_one_sided() -> None:
     assert torch.isinf(factors.energy).all()
     left, values, right = torch.linalg.svd(w, full_matrices=False)
     assert relative_error(product(factors, 3), (left[:, :3] * values[:3]) @ right[:3]) < 1e-6
+
+
+# --- the diagonal metric ----------------------------------------------------------------------------------------------
+
+
+def magnitudes(n: int, seed: int = 4) -> torch.Tensor:
+    return draw(n, seed=seed).abs() * torch.logspace(-2, 2, n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("alpha", [0.25, ALPHA, 1.0])
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_diagonal_is_the_scaled_decomposition(m: int, n: int, alpha: float) -> None:
+    """ASVD: SVD of W S, times S⁻¹; against numpy in fp64."""
+    w, sizes = draw(m, n), magnitudes(n)
+    scale = sizes.numpy() ** alpha
+    left, values, right = np.linalg.svd(w.numpy() * scale, full_matrices=False)
+    factors = factorize_diagonal(w, sizes, alpha=alpha)
+    assert factors.energy.dtype == torch.float64
+    assert np.allclose(factors.energy.numpy(), values**2, rtol=1e-8, atol=1e-12 * values[0] ** 2)
+    for rank in range(1, min(m, n) + 1):
+        expected = torch.from_numpy((left[:, :rank] * values[:rank]) @ right[:rank] / scale)
+        assert relative_error(product(factors, rank), expected) < 1e-5
+        error = ((w - product(factors, rank)).numpy() * scale) ** 2
+        assert float(error.sum()) == pytest.approx((values[rank:] ** 2).sum(), rel=1e-5, abs=1e-10 * values[0] ** 2)
+    assert torch.allclose(factors.u.norm(dim=0), factors.v.norm(dim=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+def test_diagonal_is_the_metric_of_a_diagonal_matrix(m: int, n: int) -> None:
+    w, sizes = draw(m, n), magnitudes(n) + 1
+    ours, full = factorize_diagonal(w, sizes), factorize(w, torch.diag(sizes), damping=0.0)
+    assert torch.allclose(ours.energy, full.energy, rtol=1e-9)
+    assert relative_error(product(ours, 5), product(full, 5)) < 1e-6
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (20, 12)])
+def test_dead_features_count_as_the_floor(m: int, n: int) -> None:
+    w, sizes = draw(m, n), magnitudes(n)
+    sizes[2:5] = 0
+    factors = factorize_diagonal(w, sizes)
+    assert all(torch.isfinite(tensor).all() for tensor in (factors.u, factors.v, factors.energy))
+    assert relative_error(product(factors, min(m, n)), w) < 1e-5
+    lifted = factorize_diagonal(w, sizes.clamp_min(FLOOR * float(sizes.mean())))
+    assert relative_error(product(factors, 5), product(lifted, 5)) < 1e-5
+    assert torch.allclose(factors.energy, lifted.energy, rtol=1e-5)  # lifting them lifts the mean a little
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (20, 12)])
+def test_diagonal_of_a_layer_never_reached(m: int, n: int) -> None:
+    w = draw(m, n)
+    factors = factorize_diagonal(w, torch.zeros(n))
+    assert torch.isinf(factors.energy).all()
+    left, values, right = torch.linalg.svd(w, full_matrices=False)
+    assert relative_error(product(factors, 4), (left[:, :4] * values[:4]) @ right[:4]) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e-12])
+def test_diagonal_does_not_depend_on_the_scale(scale: float) -> None:
+    w, sizes = draw(12, 20), magnitudes(20)
+    assert (
+        relative_error(product(factorize_diagonal(w, sizes * scale), 5), product(factorize_diagonal(w, sizes), 5))
+        < 1e-6
+    )
+
+
+def test_diagonal_of_a_zero_weight() -> None:
+    factors = factorize_diagonal(torch.zeros(6, 9), magnitudes(9))
+    assert not product(factors, 6).any()
+    assert not factors.energy.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_magnitudes_that_are_none_are_refused(value: float) -> None:
+    sizes = magnitudes(9)
+    sizes[3] = value
+    with pytest.raises(RankwiseError, match="input magnitudes: NaN, Inf or negative"):
+        factorize_diagonal(draw(6, 9), sizes)
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,9 @@ def test_input_moments_are_means_over_all_windows(kind: str) -> None:
     assert groups == {"a": "a"}
     assert moments["a"].dtype == torch.float32
     assert close(moments["a"], sum((outer(x) for x in windows), torch.zeros(5, 5)) / 21)
+    sizes = sums.magnitudes(21)["a"]
+    assert sizes.dtype == torch.float32
+    assert close(sizes, torch.cat(windows, 1).double().abs().sum((0, 1)) / 21)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -55,6 +58,7 @@ def test_sums_are_kept_in_fp32(dtype: torch.dtype) -> None:
             layer(x)
     moments, _ = sums.finish(16)
     assert close(moments["a"], 600 * outer(x) / 16, 1e-4)
+    assert close(sums.magnitudes(16)["a"], 600 * x.double().abs().sum((0, 1)) / 16, 1e-4)
 
 
 def test_large_half_precision_inputs_do_not_overflow() -> None:
@@ -220,6 +224,8 @@ def test_layers_never_called_have_zero_moments(kind: str) -> None:
     moments, groups = inputs.finish(2)
     assert groups["idle"] == "idle"
     assert torch.equal(moments["idle"], torch.zeros(5, 5))
+    assert torch.equal(inputs.magnitudes(2)["idle"], torch.zeros(5))
+    assert torch.equal(inputs.magnitudes(2)["used"], torch.ones(3))
     assert torch.equal(gradients.finish(2)["idle"], torch.zeros(4, 4))
     assert moments["used"].any()
 

@@ -11,40 +11,45 @@ import torch
 from torch import nn
 
 from rankwise.alloc.curvature import Curvature, collect
-from rankwise.alloc.factors import factorize
+from rankwise.alloc.factors import SIDES, factorize, factorize_diagonal
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.errors import RankwiseError
 
 CPU = torch.device("cpu")
-SIDES = pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
+METRICS = pytest.mark.parametrize("sides", SIDES)
 
 
-def measure(model: Any, folder: Path, *, two_sided: bool = True) -> Curvature:
+def measure(model: Any, folder: Path, *, gradients: bool = True) -> Curvature:
     windows = torch.randint(2, 512, (4, 24), generator=torch.Generator().manual_seed(1))
-    return collect(model, windows[:2], windows[2:] if two_sided else None, folder / "curvature", device=CPU)
+    return collect(model, windows[:2], windows[2:] if gradients else None, folder / "curvature", device=CPU)
 
 
-def make(model: Any, curvature: Curvature, folder: Path, *, two_sided: bool = True, **options: Any) -> FactorStore:
-    return factorize_model(model, curvature, folder / "factors", two_sided=two_sided, device=CPU, **options)
+def make(model: Any, curvature: Curvature, folder: Path, *, sides: str = "two", **options: Any) -> FactorStore:
+    return factorize_model(model, curvature, folder / "factors", sides=sides, device=CPU, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@SIDES
+@METRICS
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_layer_is_factored_in_its_own_metric(
-    two_sided: bool, family: str, tiny: Callable[..., Any], tmp_path: Path
+    sides: str, family: str, tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tiny(family)
     curvature = measure(model, tmp_path)
-    store = make(model, curvature, tmp_path, two_sided=two_sided)
+    store = make(model, curvature, tmp_path, sides=sides)
     for index, block in enumerate(block_linears(model)):
-        inputs, outputs = curvature.inputs(index), curvature.outputs(index)
+        inputs, outputs, sizes = curvature.inputs(index), curvature.outputs(index), curvature.magnitudes(index)
         for name, layer in block.items():
-            expected = factorize(weight_of(layer), inputs[name], outputs[name] if two_sided else None)
+            weight = weight_of(layer)
+            expected = {
+                "one": factorize(weight, inputs[name]),
+                "two": factorize(weight, inputs[name], outputs[name]),
+                "diagonal": factorize_diagonal(weight, sizes[name]),
+            }[sides]
             u, v = store.load(name, min(features(layer)))
             assert torch.equal(u, expected.u)
             assert torch.equal(v, expected.v)
@@ -100,10 +105,10 @@ def test_killed_between_blocks_the_next_run_makes_the_same_bytes(tiny: Callable[
 
 def test_missing_output_moments_are_said(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny("llama")
-    curvature = measure(model, tmp_path, two_sided=False)
+    curvature = measure(model, tmp_path, gradients=False)
     with pytest.raises(RankwiseError, match="no output-gradient moments"):
         make(model, curvature, tmp_path)
-    assert len(make(model, curvature, tmp_path, two_sided=False).energies) == 14
+    assert len(make(model, curvature, tmp_path, sides="one").energies) == 14
 
 
 def test_a_layer_never_called_is_of_unknown_worth(tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from rankwise.alloc.budget import Choices, layer_choices, require_choices, require_exact, require_reachable, tighten
+from rankwise.alloc.calibration import Calibration
+from rankwise.alloc.factors import SIDES
 from rankwise.config import check, check_count, check_fraction
 from rankwise.errors import RankwiseError
 from rankwise.plan import KINDS, LayerSpec, RankPlan
 
-SIDES = ("one", "two")
 NEVER_SEEN = 1e30  # nats; dearer than any component of a layer that was seen
 
 
@@ -37,7 +38,8 @@ class Method:
         kinds: what a layer may become.
         rank_multiple: ranks are multiples of it.
         tolerance: largest relative miss of `ratio`.
-        sides: `one` (input metric) or `two` (input and output-gradient metric); None is the method's own.
+        sides: `one` (input metric), `two` (input and output-gradient metric) or `diagonal` (input magnitudes, ASVD);
+            None is the method's own.
     """
 
     ratio: float = 0.8
@@ -48,6 +50,8 @@ class Method:
 
     name: ClassVar[str]
     default_sides: ClassVar[str]
+    refits: ClassVar[bool] = False  # True if factors are refitted unless the user says no
+    learns: ClassVar[bool] = False  # True if `allocate` needs a Calibration: the method runs the model
 
     def __post_init__(self) -> None:
         check_fraction("ratio", self.ratio)
@@ -68,7 +72,8 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The method and its options as JSON-ready data, for provenance."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"method": self.name, **values, "kinds": list(self.kinds)}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {"method": self.name, **plain}
 
     def check_budget(self, shapes: dict[str, tuple[int, int]]) -> None:
         """Raise a RankwiseError if the budget is out of reach whatever the spectra, before they are measured."""
@@ -77,15 +82,16 @@ class Method:
         require_choices(choices, self.rank_multiple)
         require_reachable(choices, self.ratio * total, total)
 
-    def allocate(self, scores: Scores, weights: str = "bf16") -> RankPlan:
+    def allocate(self, scores: Scores, weights: str = "bf16", calibration: Calibration | None = None) -> RankPlan:
         """Choose a kind and a rank for every layer under the budget.
 
         Args:
             scores: shapes and spectra, in model order.
             weights: how numbers will be stored.
+            calibration: model and text, for methods that learn.
 
         Returns:
-            A plan whose ratio is within `tolerance` of `ratio`.
+            A plan whose ratio is within `tolerance` of `ratio` (if the method is `exact`).
 
         Raises:
             RankwiseError: the budget cannot be met.
@@ -93,25 +99,75 @@ class Method:
         self.check_budget(scores.shapes)
         choices = self._choices(scores.shapes, scores.energies)
         total = sum(m * n for m, n in scores.shapes.values())
-        picked = tighten(choices, self._pick(choices, self.ratio * total), self.ratio * total, self.tolerance)
-        require_exact(choices, picked, self.ratio * total, total, self.tolerance)
-        chosen = {name: (choices[name].kind[i], int(choices[name].rank[i])) for name, i in picked.items()}
-        return RankPlan({name: self.spec(name, *chosen[name], scores, weights) for name in scores.shapes})
+        if self.learns:
+            if calibration is None:
+                raise RankwiseError("method", self.name, "it learns from the model, and needs a calibration")
+            choices, picked = self._learn(choices, scores, calibration)
+            calibration.learnt = choices
+        else:
+            picked = self._pick(choices, scores, self.ratio * total)
+        return self._plan(choices, picked, scores, weights)
 
-    def spec(self, name: str, kind: str, rank: int, scores: Scores, weights: str) -> LayerSpec:
-        """A LayerSpec with its kept energy and predicted loss filled in."""
+    def again(self, learnt: dict[str, Choices], scores: Scores, weights: str = "bf16") -> RankPlan:
+        """A plan of this budget from choices that were learnt for another one: a Lagrangian fill of their losses.
+
+        Raises:
+            RankwiseError: the budget cannot be met.
+        """
+        from rankwise.alloc.methods.lagrange import Global
+
+        total = sum(m * n for m, n in scores.shapes.values())
+        require_reachable(learnt, self.ratio * total, total)
+        return self._plan(learnt, Global()._pick(learnt, scores, self.ratio * total), scores, weights)
+
+    def _plan(self, choices: dict[str, Choices], picked: dict[str, int], scores: Scores, weights: str) -> RankPlan:
+        """The plan of a selection, made exact where the method is."""
+        total = sum(m * n for m, n in scores.shapes.values())
+        if self.exact:
+            picked = tighten(choices, picked, self.ratio * total, self.tolerance)
+            require_exact(choices, picked, self.ratio * total, total, self.tolerance)
+        chosen = {name: (choices[name].kind[i], int(choices[name].rank[i])) for name, i in picked.items()}
+        kept = {name: self._kept(choices[name], i) for name, i in picked.items()}
+        return RankPlan({name: self.spec(name, *chosen[name], scores, weights, kept[name]) for name in scores.shapes})
+
+    @property
+    def exact(self) -> bool:
+        """False for a method that repeats another's way of meeting budgets, misses included."""
+        return True
+
+    def _kept(self, entry: Choices, at: int) -> tuple[int, ...] | None:
+        """The components that a choice keeps, where they are not the first ones."""
+        return None
+
+    def _learn(
+        self, choices: dict[str, Choices], scores: Scores, calibration: Calibration
+    ) -> tuple[dict[str, Choices], dict[str, int]]:
+        """For methods with `learns`: choices (with the losses that were learnt) and the index picked for each layer."""
+        raise NotImplementedError
+
+    def spec(
+        self,
+        name: str,
+        kind: str,
+        rank: int,
+        scores: Scores,
+        weights: str,
+        indices: tuple[int, ...] | None = None,
+    ) -> LayerSpec:
+        """A LayerSpec with its kept energy and predicted loss filled in; `indices` as in LayerSpec."""
         if name not in scores.shapes:
             raise RankwiseError(name, "no such module", "the plan names a layer that the model lacks")
         (m, n), energy = scores.shapes[name], scores.energies[name]
-        total, lost = float(energy.sum()), 0.0 if kind == "dense" else float(energy[rank:].sum())
+        dropped = energy[rank:] if indices is None else np.delete(energy, list(indices))
+        total, lost = float(energy.sum()), 0.0 if kind == "dense" else float(dropped.sum())
         known = np.isfinite(total) and total > 0
         kept = 1.0 - lost / total if known else None
         loss = lost / 2 if known and self.two_sided else None
-        return LayerSpec(kind, m, n, rank, weights, energy=kept, loss=loss)
+        return LayerSpec(kind, m, n, rank, weights, energy=kept, loss=loss, indices=indices)
 
     def restate(self, plan: RankPlan, scores: Scores, weights: str) -> RankPlan:
         """A plan made elsewhere, its energies and losses filled in from these factors."""
-        return RankPlan({name: self.spec(name, spec.kind, spec.rank, scores, weights) for name, spec in plan})
+        return RankPlan({name: self.spec(name, s.kind, s.rank, scores, weights, s.indices) for name, s in plan})
 
     def _choices(self, shapes: dict[str, tuple[int, int]], energies: dict[str, np.ndarray]) -> dict[str, Choices]:
         return {
@@ -120,7 +176,7 @@ class Method:
         }
 
     def _worth(self, energy: np.ndarray) -> np.ndarray:
-        """Make layers comparable: two-sided energies are; one-sided ones count as shares of their layer.
+        """Make layers comparable: two-sided energies are; those of the inputs alone count as shares of their layer.
 
         A layer that the calibration never reached has infinite energy: it is the last to be compressed.
         """
@@ -129,6 +185,6 @@ class Method:
             return np.full_like(energy, NEVER_SEEN)
         return energy if self.two_sided or total <= 0 else energy / total
 
-    def _pick(self, choices: dict[str, Choices], target: float) -> dict[str, int]:
+    def _pick(self, choices: dict[str, Choices], scores: Scores, target: float) -> dict[str, int]:
         """Layer to the index of its choice; total cost at most `target`."""
         raise NotImplementedError

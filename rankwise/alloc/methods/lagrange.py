@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from rankwise.alloc.budget import Choices, fill
-from rankwise.alloc.methods.base import Method
+from rankwise.alloc.methods.base import Method, Scores
 
 STEPS = 200  # halvings of the multiplier's range; far beyond what fp64 can tell apart
 
@@ -22,7 +22,7 @@ class Global(Method):
     name: ClassVar[str] = "global"
     default_sides: ClassVar[str] = "two"
 
-    def _pick(self, choices: dict[str, Choices], target: float) -> dict[str, int]:
+    def _pick(self, choices: dict[str, Choices], scores: Scores, target: float) -> dict[str, int]:
         low, high = -80.0, 80.0  # log λ: all that may be dense, all as small as may be
         for _ in range(STEPS):
             middle = (low + high) / 2

@@ -14,6 +14,8 @@ from rankwise.errors import RankwiseError
 from rankwise.plan import KINDS, LayerSpec
 
 METHOD_CLASSES = [pytest.param(method, id=method.name) for method in METHODS.values()]
+CLOSED_FORM = [method for method in METHODS.values() if not method.learns]
+CLOSED_FORM_CLASSES = [pytest.param(method, id=method.name) for method in CLOSED_FORM]
 
 
 @dataclass
@@ -49,9 +51,9 @@ def parameters(kind: str, rank: int, m: int, n: int) -> int:
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHOD_CLASSES)
+@pytest.mark.parametrize("method", CLOSED_FORM_CLASSES)
 @pytest.mark.parametrize("kinds", [KINDS, ("dense", "lowrank"), ("pivot",)], ids="+".join)
-@pytest.mark.parametrize("sides", ["one", "two"])
+@pytest.mark.parametrize("sides", ["one", "two", "diagonal"])
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8, 0.95])
 def test_ordinary_budgets_are_met_exactly(
     method: type[Method], kinds: tuple[str, ...], sides: str, ratio: float
@@ -71,7 +73,7 @@ some_kinds = st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=Tru
 
 @settings(max_examples=250, deadline=None)
 @given(
-    st.sampled_from(list(METHODS.values())),
+    st.sampled_from(CLOSED_FORM),
     shapes,
     some_kinds,
     st.floats(0.02, 1),
@@ -139,7 +141,7 @@ def test_budgets_out_of_reach_say_what_is_in_reach(
     assert str(caught.value).endswith(f" reach {lowest} to {highest}")
 
 
-@pytest.mark.parametrize("method", METHOD_CLASSES)
+@pytest.mark.parametrize("method", CLOSED_FORM_CLASSES)
 def test_budgets_between_the_steps_say_what_is_near(method: type[Method]) -> None:
     scores = Spectra.draw([(8, 8)])  # ranks 1 to 7: 15, 28, 39, 48, 55, 60, 63 of 64
     with pytest.raises(RankwiseError, match=r"ratio: 0\.7; .* 0\.6094; .*--rank-multiple or a larger --tolerance"):
@@ -153,14 +155,14 @@ def test_a_rank_multiple_beyond_every_rank_is_named(method: type[Method]) -> Non
         method(0.5, ("lowrank", "pivot"), 64).allocate(Spectra.draw([(32, 32)]))
 
 
-@pytest.mark.parametrize("method", METHOD_CLASSES)
+@pytest.mark.parametrize("method", CLOSED_FORM_CLASSES)
 def test_ratio_one_keeps_everything(method: type[Method]) -> None:
     plan = method(1.0).allocate(Spectra.draw(BLOCKS))
     assert plan.counts() == {"dense": 14, "lowrank": 0, "pivot": 0}
     assert plan.ratio == 1
 
 
-@pytest.mark.parametrize("method", METHOD_CLASSES)
+@pytest.mark.parametrize("method", CLOSED_FORM_CLASSES)
 @pytest.mark.parametrize("multiple", [2, 4, 8])
 def test_ranks_are_multiples(method: type[Method], multiple: int) -> None:
     plan = method(0.6, ("pivot",), multiple, tolerance=0.05).allocate(
@@ -256,5 +258,11 @@ def test_options_survive_json_and_make_the_same_method(method: type[Method]) -> 
 
 def test_unknown_methods_list_the_known_ones() -> None:
     assert method_by_name("global") is Global
-    with pytest.raises(RankwiseError, match=r"method: ara; allowed: global, uniform"):
-        method_by_name("ara")
+    with pytest.raises(RankwiseError, match=f"method: guess; allowed: {', '.join(sorted(METHODS))}$"):
+        method_by_name("guess")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS.values() if method.learns])
+def test_methods_that_learn_need_a_model(method: type[Method]) -> None:
+    with pytest.raises(RankwiseError, match=f"method: {method.name}; .*needs a calibration"):
+        method(0.5, ("dense", "pivot"), 1).allocate(Spectra.draw(BLOCKS))

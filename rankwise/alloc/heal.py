@@ -1,0 +1,231 @@
+"""Heal: a short distillation of the kept factors from the dense model, ranks unchanged.
+
+Adam on the factors' own entries against the dense model's next-token distribution; embeddings, norms, head and dense
+layers stay as they are. Every few steps the held-out divergence is measured; what is returned is the best point met,
+so a healing that does harm changes nothing.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.alloc.teacher import Teacher
+from rankwise.config import check_count
+from rankwise.errors import RankwiseError
+from rankwise.files import differing_keys, json_ready, open_tensors, write_tensors
+from rankwise.progress import Track, say, silent
+
+STATE = "heal.safetensors"
+WARMUP = 0.05  # share of the steps in which the rate rises
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """How to heal.
+
+    Args:
+        steps: optimiser steps; 0 leaves the factors alone.
+        batch: windows a step.
+        lr: peak learning rate of Adam; it rises over the first twentieth and falls along a half cosine to a tenth.
+        check_every: steps between two measurements on the held-out windows, each followed by a save.
+        seed: fixes the order of the windows.
+    """
+
+    steps: int = 100
+    batch: int = 1
+    lr: float = 3e-5
+    check_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("heal", self.steps, 0)
+        check_count("batch", self.batch, 1)
+        check_count("check_every", self.check_every, 1)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        rise = max(1, round(WARMUP * self.steps))
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        share = (step - rise) / max(1, self.steps - rise)
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+
+@dataclass
+class Healing:
+    """How far a healing is, and the best point that it met.
+
+    Args:
+        step: steps done.
+        before: held-out divergence before, nats a token.
+        best: the least held-out divergence met.
+        history: (step, held-out divergence) of every measurement.
+    """
+
+    step: int = 0
+    before: float = math.inf
+    best: float = math.inf
+    history: list[tuple[int, float]] | None = None
+
+
+class _Masters:
+    """fp32 copies of the trained parameters, Adam on them, and the best values met."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
+        self.live = parameters
+        self.full = {name: nn.Parameter(p.detach().float().clone()) for name, p in parameters.items()}
+        self.best = {name: p.detach().clone() for name, p in parameters.items()}
+        self.optimiser = torch.optim.Adam(self.full.values(), lr=lr, betas=BETAS)
+
+    def step(self, rate: float) -> None:
+        for name, live in self.live.items():
+            self.full[name].grad, live.grad = None if live.grad is None else live.grad.float(), None
+        nn.utils.clip_grad_norm_(self.full.values(), 1.0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        self.put(self.full)
+
+    @torch.no_grad()
+    def put(self, values: dict[str, Any]) -> None:
+        for name, live in self.live.items():
+            live.copy_(values[name])
+
+    def keep(self) -> None:
+        self.best = {name: live.detach().clone() for name, live in self.live.items()}
+
+
+def heal(
+    model: Any,
+    names: list[str],
+    teacher: Teacher,
+    windows: torch.Tensor,
+    held_out: int,
+    config: HealConfig,
+    folder: Path,
+    identity: dict[str, Any],
+    *,
+    track: Track = silent,
+) -> Healing:
+    """Distil into the parameters of the named layers, in place, or finish what `folder` holds of it.
+
+    Args:
+        model: the compressed model on its device.
+        names: modules whose matrices are trained (their factors; one-element guards and biases are not).
+        teacher: has listened to all of `windows`.
+        windows: `[N, T]` token ids; the last `held_out` of them judge.
+        held_out: at least 1.
+        config: steps and rates.
+        folder: keeps the state that a killed run continues from.
+        identity: what the healing belongs to.
+        track: progress.
+
+    Raises:
+        RankwiseError: the folder belongs to another healing, or the loss is no number.
+    """
+    if not 0 < held_out < len(windows):
+        raise RankwiseError("held-out windows", held_out, f"allowed: 1 to {len(windows) - 1}")
+    parameters = dict(_matrices(model, names))
+    training = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    masters = _Masters(parameters, config.lr)
+    found = _load(folder / STATE, masters, identity)
+    last = range(len(windows) - held_out, len(windows))
+    try:
+        with track("heal", config.steps) as advance:
+            if found.history is None:
+                found = Healing(history=[])
+                _judge(found, model, teacher, windows, last, masters)
+                found.before = found.best
+            for _ in range(found.step):
+                advance()
+            while found.step < config.steps:
+                loss = _step(model, masters, teacher, windows, len(windows) - held_out, found.step, config)
+                found.step += 1
+                advance()
+                if found.step % config.check_every == 0 or found.step == config.steps:
+                    _judge(found, model, teacher, windows, last, masters)
+                    _save(folder / STATE, masters, found, identity)
+                say(advance, f"divergence {loss:.3f}, held out {found.best:.3f} (from {found.before:.3f})")
+        masters.put(masters.best)
+    finally:
+        for parameter, flag in training.items():
+            parameter.requires_grad_(flag)
+    return found
+
+
+def _matrices(model: Any, names: list[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name in names:
+        for part, parameter in model.get_submodule(name).named_parameters():
+            if parameter.ndim == 2 and parameter.is_floating_point():
+                yield f"{name}.{part}", parameter
+
+
+def _step(
+    model: Any, masters: _Masters, teacher: Teacher, windows: torch.Tensor, count: int, step: int, config: HealConfig
+) -> float:
+    """One optimiser step over the next windows, in an order drawn anew for every pass."""
+    device, total = next(model.parameters()).device, 0.0
+    for position in range(step * config.batch, (step + 1) * config.batch):
+        passes, at = divmod(position, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + passes))
+        number = int(order[at])
+        logits = model(input_ids=windows[number][None].to(device), use_cache=False).logits[0]
+        loss = teacher.divergence(number, logits) / config.batch
+        if not torch.isfinite(loss):
+            raise RankwiseError("heal", f"loss {float(loss)} in step {step}", "try a smaller rate, or --dtype bf16")
+        loss.backward()
+        total += float(loss.detach())
+    masters.step(config.rate(step))
+    return total
+
+
+@torch.no_grad()
+def _judge(found: Healing, model: Any, teacher: Teacher, windows: torch.Tensor, last: range, masters: _Masters) -> None:
+    device = next(model.parameters()).device
+    losses = []
+    for number in last:
+        logits = model(input_ids=windows[number][None].to(device), use_cache=False).logits[0]
+        losses.append(float(teacher.divergence(number, logits)))
+    value = sum(losses) / len(losses)
+    found.history = [*(found.history or []), (found.step, value)]
+    if value < found.best:
+        found.best = value
+        masters.keep()
+
+
+def _save(path: Path, masters: _Masters, found: Healing, identity: dict[str, Any]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, full in masters.full.items():
+        tensors |= {f"full:{name}": full.detach().cpu(), f"best:{name}": masters.best[name].cpu()}
+        tensors |= {f"{key}:{name}": value.cpu() for key, value in masters.optimiser.state[full].items()}
+    identity = json.loads(json.dumps(json_ready(identity), default=str))
+    write_tensors(path, tensors, {"identity": json.dumps(identity), "found": json.dumps(json_ready(found.__dict__))})
+
+
+def _load(path: Path, masters: _Masters, identity: dict[str, Any]) -> Healing:
+    if not path.exists():
+        return Healing()
+    wanted = json.loads(json.dumps(json_ready(identity), default=str))
+    with open_tensors(path) as file:
+        metadata = file.metadata()
+        if different := differing_keys(json.loads(metadata["identity"]), wanted):
+            raise RankwiseError("heal", f"{path} was made with other {different}", "use a new folder, or --restart")
+        for name, full in masters.full.items():
+            full.data.copy_(file.get_tensor(f"full:{name}"))
+            masters.best[name] = file.get_tensor(f"best:{name}").to(full.device)
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}:{name}" in file.keys()]  # noqa: SIM118
+            for key in keys:
+                value = file.get_tensor(f"{key}:{name}")
+                masters.optimiser.state[full][key] = value if key == "step" else value.to(full.device)
+    masters.put(masters.full)
+    return Healing(**json.loads(metadata["found"]))

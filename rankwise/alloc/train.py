@@ -1,0 +1,231 @@
+"""One training loop for all methods that learn masks: a frozen model, masked linear layers, mask parameters alone.
+
+Every step is a function of what was learnt before it, the seed and its number: which text it sees and what noise it
+draws. So a run that was killed and continued learns the same to the last bit.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rankwise.alloc.bank import Bank
+from rankwise.alloc.calibration import Calibration
+from rankwise.alloc.curve import Ledger
+from rankwise.alloc.hypernet import HyperNet
+from rankwise.alloc.masks import Drawn
+from rankwise.alloc.overlay import Overlay, overlaid
+from rankwise.alloc.trainstate import Progress, TrainState
+from rankwise.errors import RankwiseError
+from rankwise.progress import say
+
+OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+FP16_SCALE = 1024.0  # of the loss, so that small gradients survive half precision
+PRIME = 1_000_003  # keeps the seeds of neighbouring trainings' steps apart
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        steps: at most so many.
+        train_len: tokens a sequence; windows are cut into pieces of it (shorter windows are taken whole).
+        batch: sequences a step.
+        lr: learning rate.
+        last_lr: learning rate at the end of a half cosine; None keeps `lr`.
+        optimiser: `adam` or `adamw`; without weight decay.
+        target: ratio that the budget asks for.
+        after: stop so many steps after the ratio was first met; None runs all steps.
+        taps: the objective compares hidden states with the dense model's.
+        probe: dense layers give their masks a gradient, see `kernels.mask_probe`.
+        dense: layers may run dense.
+        checkpointing: run each block again in the backward pass instead of keeping its activations.
+        save_every: steps between two saves.
+    """
+
+    steps: int
+    train_len: int
+    batch: int
+    lr: float
+    target: float
+    last_lr: float | None = None
+    optimiser: str = "adamw"
+    after: int | None = None
+    taps: bool = False
+    probe: bool = False
+    dense: bool = False
+    checkpointing: bool = False
+    save_every: int = 50
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        if self.last_lr is None:
+            return self.lr
+        share = 1 - torch.cos(torch.tensor(torch.pi * step / self.steps, dtype=torch.float64)).item()
+        return self.lr + (self.last_lr - self.lr) * share / 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an objective sees of one step.
+
+    Args:
+        number: from 0.
+        ids: `[B, T]` tokens.
+        logits: `[B, T, vocab]` of the masked model.
+        drawn: every layer's mask.
+        shares: every layer's parameter ratio, a differentiable scalar that may be above 1.
+        taps: hidden states of the masked model, see `Overlay.run`.
+        teacher: the dense model's.
+    """
+
+    number: int
+    ids: torch.Tensor
+    logits: torch.Tensor
+    drawn: dict[str, Drawn]
+    shares: dict[str, torch.Tensor]
+    taps: list[torch.Tensor]
+    teacher: list[torch.Tensor]
+
+
+Objective = Callable[[Step], tuple[torch.Tensor, dict[str, torch.Tensor]]]  # ratio kept, and the terms of the loss
+
+
+def train(
+    bank: Bank | HyperNet,
+    ledger: Ledger,
+    recipe: Recipe,
+    objective: Objective,
+    calibration: Calibration,
+    identity: dict[str, Any],
+) -> None:
+    """Train a bank of masks in place, or finish what the calibration's folder holds of it.
+
+    Args:
+        bank: the masks.
+        ledger: what ranks cost.
+        recipe: how to train.
+        objective: the method's loss.
+        calibration: model, text, factors, folder.
+        identity: what else the training depends on, e.g. the method's options.
+
+    Raises:
+        RankwiseError: the folder holds another training, or a loss is NaN or Inf.
+    """
+    bank.to(calibration.device)
+    pieces = _pieces(calibration.windows, recipe.train_len)
+    text = hashlib.sha256(pieces.numpy().tobytes()).hexdigest()[:16]
+    known = {**identity, "recipe": asdict(recipe), "text": text, "seed": calibration.seed}
+    state = TrainState(calibration.folder, known)
+    optimiser = OPTIMISERS[recipe.optimiser](bank.parameters(), lr=recipe.lr, weight_decay=0.0)
+    progress = state.load(bank, optimiser)
+    if not progress.finished:
+        loop = _Loop(bank, ledger, recipe, objective, calibration, pieces, state, optimiser, progress)
+        with torch.enable_grad():
+            loop.run()
+    state.write_masks(bank.importances(), bank.ranks())
+
+
+@dataclass
+class _Loop:
+    bank: Bank | HyperNet
+    ledger: Ledger
+    recipe: Recipe
+    objective: Objective
+    calibration: Calibration
+    pieces: torch.Tensor
+    state: TrainState
+    optimiser: torch.optim.Optimizer
+    progress: Progress
+
+    def run(self) -> None:
+        recipe, progress = self.recipe, self.progress
+        options = {"probe": recipe.probe, "dense": recipe.dense or recipe.taps, "checkpointing": recipe.checkpointing}
+        track = self.calibration.track("masks", recipe.steps)
+        with overlaid(self.calibration, self.bank.sizes, **options) as overlay, track as advance:
+            for _ in range(progress.step):
+                advance()
+            while not progress.finished:
+                line = self._step(overlay)
+                self.state.log(line)
+                advance()
+                say(advance, ", ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step"))
+                if progress.finished or progress.step % recipe.save_every == 0:
+                    self.state.save(self.bank, self.optimiser, progress)
+
+    def _step(self, overlay: Overlay) -> dict[str, Any]:
+        """One step; returns its line of the log."""
+        number, began = self.progress.step, time.perf_counter()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.rate(number)
+        ratio, terms = self._backward(overlay, number)
+        self.optimiser.step()
+        self._count(ratio)
+        seconds = round(time.perf_counter() - began, 3)
+        return {"step": number, "ratio": ratio, **terms, "seconds": seconds}
+
+    def _backward(self, overlay: Overlay, number: int) -> tuple[float, dict[str, float]]:
+        """Gradients of the mask parameters; returns the ratio and every term of the loss."""
+        ids = self._batch(number).to(overlay.device)
+        teacher = self._teacher(overlay, ids)
+        drawn = self.bank.draw(_noise(self.calibration.seed, number))
+        shares = {name: self.ledger.curves[name].share(entry.rank) for name, entry in drawn.items()}
+        with _drawn(overlay, drawn):
+            logits, taps = overlay.run(ids, taps=self.recipe.taps)
+            ratio, terms = self.objective(Step(number, ids, logits, drawn, shares, taps, teacher))
+            loss = torch.stack([term.float().to(overlay.device) for term in terms.values()]).sum()
+            if not torch.isfinite(loss):
+                raise RankwiseError("loss", f"{float(loss.detach())} in step {number}", "try --dtype bf16 or fp32")
+            scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
+            self.optimiser.zero_grad()
+            (loss * scale).backward()
+        for parameter in self.bank.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale).nan_to_num_(0.0, 0.0, 0.0)
+        return float(ratio.detach()), {key: float(term.detach()) for key, term in terms.items()}
+
+    @torch.no_grad()
+    def _teacher(self, overlay: Overlay, ids: torch.Tensor) -> list[torch.Tensor]:
+        return overlay.run(ids, taps=True)[1] if self.recipe.taps else []
+
+    def _count(self, ratio: float) -> None:
+        progress, recipe = self.progress, self.recipe
+        if progress.reached is None and ratio <= recipe.target:
+            progress.reached = progress.step
+        progress.step += 1
+        enough = None if progress.reached is None or recipe.after is None else progress.reached + recipe.after
+        progress.finished = progress.step >= recipe.steps or (enough is not None and progress.step > enough)
+
+    def _batch(self, number: int) -> torch.Tensor:
+        """`[B, T]`: the pieces in an order that is drawn anew for every pass through the text."""
+        first = number * self.recipe.batch
+        places = [divmod(position, len(self.pieces)) for position in range(first, first + self.recipe.batch)]
+        return torch.stack([self.pieces[self._order(passes)[at]] for passes, at in places])
+
+    def _order(self, passes: int) -> torch.Tensor:
+        return torch.randperm(len(self.pieces), generator=_noise(self.calibration.seed, -passes - 1))
+
+
+@contextmanager
+def _drawn(overlay: Overlay, drawn: dict[str, Drawn]) -> Iterator[None]:
+    overlay.set(drawn)
+    try:
+        yield
+    finally:
+        overlay.set(None)
+
+
+def _noise(seed: int, number: int) -> torch.Generator:
+    """A generator of its own for every step, and for every pass through the text (negative numbers)."""
+    return torch.Generator().manual_seed((seed * PRIME + number) % 2**63)
+
+
+def _pieces(windows: torch.Tensor, length: int) -> torch.Tensor:
+    """`[N, T]` windows cut into pieces of `length` tokens; shorter windows stay whole."""
+    length = min(length, windows.shape[1])
+    return windows[:, : windows.shape[1] // length * length].reshape(-1, length).cpu().contiguous()

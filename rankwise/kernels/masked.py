@@ -1,0 +1,136 @@
+"""Masked low-rank linear layer, the form in which ranks are learnt (ARA 2510.19389, LLRC 2512.13733)."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+Part = slice | torch.Tensor
+
+
+def masked_matmul(
+    x: torch.Tensor,
+    v: torch.Tensor,
+    m: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    keep: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply `y = ((x Vᵀ) ⊙ m) Uᵀ + b` with a mask over the k components of the factors.
+
+    Backward needs `x Vᵀ` alone of what depends on x; x itself is saved only where V is trained. The mask's gradient
+    `Σ_tokens (x Vᵀ) ⊙ (g U)` is reduced in fp32 at least, whatever the dtype of the factors.
+
+    Args:
+        x: `[..., n]`, floating point.
+        v: `[k, n]`, same dtype as `x`.
+        m: `[k]`, any floating dtype.
+        u: `[m_out, k]`, same dtype as `x`.
+        bias: `[m_out]` or None.
+        keep: a promise that m is 1 at these components and 0 elsewhere: the first so many, or those of an index
+            tensor. The product is then the very arithmetic of `lowrank_linear` with the kept components, bit for bit,
+            and m still gets its whole gradient, also where it is 0 (the straight-through estimator needs that).
+
+    Returns:
+        `[..., m_out]`.
+    """
+    return _Masked.apply(x, v, m, u, bias, keep)
+
+
+def mask_probe(y: torch.Tensor, x: torch.Tensor, v: torch.Tensor, m: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Return `y = W x` unchanged, and give m the gradient that it has in `masked_matmul` where `W ≈ U V`.
+
+    So a layer that is dense at the moment still learns what each component of its factors is worth.
+
+    Args:
+        y: `[..., m_out]`, the dense layer's output.
+        x: `[..., n]`, its input; it gets no gradient through the probe.
+        v: `[k, n]`, frozen.
+        m: `[k]`.
+        u: `[m_out, k]`, frozen.
+
+    Returns:
+        `[..., m_out]`.
+    """
+    return _Probe.apply(y, x.detach(), v, m, u)
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, v: Any, m: Any, u: Any, bias: Any, keep: Any) -> Any:
+        parts = _parts(keep, m)
+        z: tuple[torch.Tensor | None, ...]
+        if parts is None:
+            z = (linear(x, v), None)
+            y = linear(z[0] * m.to(x.dtype), u, bias)
+        else:
+            kept, dropped = parts
+            head = linear(x, v[kept])
+            z = (head, linear(x, v[dropped]) if ctx.needs_input_grad[2] else None)
+            y = linear(head, u[:, kept].contiguous(), bias)
+        ctx.keep = keep if isinstance(keep, int) else None
+        index = keep if isinstance(keep, torch.Tensor) else None
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, v, m, u, index, *z)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        x, v, m, u, index, head, tail = ctx.saved_tensors
+        wants_x, wants_v, wants_m, wants_u, wants_bias, _ = ctx.needs_input_grad
+        parts = _parts(ctx.keep if index is None else index, m)
+        kept, dropped = (slice(None), None) if parts is None else parts
+        h = g @ u
+        h_kept = h[..., kept]
+        scale = m.to(h.dtype) if parts is None else 1
+        dx = (h_kept * scale) @ v[kept] if wants_x else None
+        dm = dv = du = None
+        if wants_m:
+            dm = torch.zeros_like(m)
+            dm[kept] = _over_tokens(head, h_kept).to(m.dtype)
+            if dropped is not None:
+                dm[dropped] = _over_tokens(tail, h[..., dropped]).to(m.dtype)
+        if wants_v:
+            dv = torch.zeros_like(v)
+            dv[kept] = _rows(h_kept * scale).T @ _rows(x)
+        if wants_u:
+            du = torch.zeros_like(u)
+            du[:, kept] = _rows(g).T @ _rows(head * scale)
+        return dx, dv, dm, du, _rows(g).sum(0) if wants_bias else None, None
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Any, x: Any, v: Any, m: Any, u: Any) -> Any:
+        ctx.save_for_backward(linear(x, v), u)
+        ctx.mask_dtype = m.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        z, u = ctx.saved_tensors
+        return g, None, None, _over_tokens(z, g @ u).to(ctx.mask_dtype), None
+
+
+def _parts(keep: int | torch.Tensor | None, m: torch.Tensor) -> tuple[Part, Part] | None:
+    """The kept and the dropped components."""
+    if keep is None:
+        return None
+    if isinstance(keep, int):
+        return slice(0, keep), slice(keep, len(m))
+    dropped = torch.ones(len(m), dtype=torch.bool, device=m.device)
+    dropped[keep] = False
+    return keep, dropped.nonzero()[:, 0]
+
+
+def _over_tokens(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """`Σ_tokens z ⊙ h`, `[k]`, in fp32 or better."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return (_rows(z).to(wide) * _rows(h).to(wide)).sum(0)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
