@@ -37,9 +37,16 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
     ratio: Annotated[float, typer.Option(help="Share of the linear layers' parameters to keep.")] = 0.8,
-    method: Annotated[str, typer.Option(help="global or uniform.")] = "global",
-    kinds: Annotated[str, typer.Option(help="What a layer may become.")] = "dense,lowrank,pivot",
-    sides: Annotated[str | None, typer.Option(help="Metric of the factors: one or two; default: the method's.")] = None,
+    method: Annotated[str, typer.Option(help="See `rankwise methods`.")] = "rankwise",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method; repeatable.")
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="What a layer may become: some of dense,lowrank,pivot; default: the method's.")
+    ] = None,
+    sides: Annotated[
+        str | None, typer.Option(help="Metric of the factors: one, two or diagonal; default: the method's.")
+    ] = None,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     tolerance: Annotated[float, typer.Option(help="Largest relative miss of --ratio.")] = 0.001,
     calibration: Annotated[
@@ -48,6 +55,20 @@ def compress(
     samples: Annotated[int, typer.Option(help="Windows for the second moments of inputs.")] = 64,
     gradient_samples: Annotated[int, typer.Option(help="Windows for those of output gradients.")] = 16,
     measure: Annotated[int, typer.Option(help="Held-out windows for perplexity before and after; 0: none.")] = 4,
+    learn: Annotated[
+        str | None, typer.Option(help="Text to train masks, refit and heal on; default: the windows of --samples.")
+    ] = None,
+    learn_samples: Annotated[int, typer.Option(help="Windows of --learn; 0: all, up to 256.")] = 0,
+    refit: Annotated[
+        bool | None, typer.Option(help="Solve the kept factors again for the compressed model's own inputs.")
+    ] = None,
+    heal: Annotated[int, typer.Option(metavar="STEPS", help="Distil the kept factors from the dense model.")] = 0,
+    score_only: Annotated[
+        bool, typer.Option("--score-only", help="Write spectra, what was learnt and factors; no checkpoint.")
+    ] = False,
+    scores: Annotated[
+        Path | None, typer.Option("--from", metavar="SCORES", help="Make the plan from such a folder, without text.")
+    ] = None,
     seq_len: SeqLen = 1024,
     shuffle: Annotated[bool, typer.Option(help="Draw the windows from all over the text, as --seed says.")] = False,
     curvature: Annotated[Path | None, typer.Option(help="Folder of second moments to reuse, or to fill.")] = None,
@@ -62,12 +83,24 @@ def compress(
 ) -> None:
     """Choose ranks under a budget and write a smaller checkpoint. Interrupted, the same command continues."""
     from rankwise import commands
-    from rankwise.alloc.methods import method_by_name
+    from rankwise.alloc.options import make_method
     from rankwise.config import CompressConfig, TextConfig
 
-    options = method_by_name(method)(ratio, tuple(kinds.split(",")), rank_multiple, tolerance, sides)
-    text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed)
-    commands.compress(CompressConfig(model, out, options, text, device, dtype, curvature, plan, restart), as_json)
+    shared = {"kinds": kinds, "rank_multiple": rank_multiple, "tolerance": tolerance, "sides": sides}
+    made = make_method(method, ratio, shared, options or [])
+    text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed, learn, learn_samples)
+    config = CompressConfig(
+        model, out, made, text, device, dtype, curvature, plan, restart, refit, heal, score_only, scores
+    )
+    commands.compress(config, as_json)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the allocation methods and the options that `--set` takes."""
+    from rankwise import commands
+
+    commands.methods(as_json)
 
 
 @app.command()
@@ -89,14 +122,18 @@ def evaluate(
     text: Text = TEST_TEXT,
     windows: Windows = 16,
     seq_len: SeqLen = TEST_LEN,
+    tasks: Annotated[str | None, typer.Option(help="Accuracy on these too, by lm-eval: arc_easy,piqa,…")] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(help="Questions from files in here, not from the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task, from its start; default: all.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, of one model or of two side by side."""
+    """Measure perplexity and accuracy, of one model or of two side by side."""
     from rankwise import commands
 
-    commands.evaluate([model, *([against] if against else [])], text, windows, seq_len, device, dtype, as_json)
+    models = [model, *([against] if against else [])]
+    commands.evaluate(models, text, windows, seq_len, (tasks, tasks_folder, limit), device, dtype, as_json)
 
 
 @app.command()

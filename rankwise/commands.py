@@ -9,15 +9,18 @@ import torch
 
 from rankwise import bench as speed
 from rankwise import console
+from rankwise.alloc.methods import METHODS
+from rankwise.alloc.options import own_options
 from rankwise.anatomy import require_context
+from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig, check, check_count, check_seed
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
 from rankwise.engine.checkpoint import verify as verify_checkpoint
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
-from rankwise.pipeline import compress_to_folder
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
+from rankwise.tasks import Chosen, Measure, measurer, nothing
 from rankwise.text import read_text, take_windows, token_windows
 from rankwise.zoo import EMBEDDED, disk_bytes, load_model, local_folder, model_dtype, quiet_transformers
 
@@ -28,6 +31,13 @@ quiet_transformers()
 def compress(config: CompressConfig, as_json: bool) -> None:
     """`rankwise compress`."""
     plan = compress_to_folder(config, track=on_terminal)
+    if config.score_only:
+        console.show(
+            f"{config.out}: scores; now rankwise compress {config.model} --from {config.out} --ratio R --out O"
+        )
+        if as_json:
+            console.print_json({"out": str(config.out), "ratio": plan.ratio, **plan.counts()})
+        return
     size = folder_bytes(config.out)
     facts: Row = {"out": str(config.out), "ratio": plan.ratio, "bytes": size, **plan.counts()}
     measured = plan.provenance.get("measured", {})
@@ -41,6 +51,19 @@ def compress(config: CompressConfig, as_json: bool) -> None:
         console.show(f"perplexity {before} → {after} on {windows}")
     if as_json:
         console.print_json(facts)
+
+
+def methods(as_json: bool) -> None:
+    """`rankwise methods`."""
+    rows = []
+    for name, method in METHODS.items():
+        what = (method.__doc__ or "").strip().splitlines()[0]
+        own = ", ".join(f"{key}={field.default}" for key, field in own_options(method).items())
+        rows.append({"method": name, "what": what, "sides": method.default_sides, "learns": method.learns, "set": own})
+    if as_json:
+        console.print_json({"methods": rows})
+        return
+    console.method_table(rows)
 
 
 def inspect(folder: Path, verify: bool, as_json: bool) -> None:
@@ -61,10 +84,11 @@ def inspect(folder: Path, verify: bool, as_json: bool) -> None:
 
 
 def evaluate(
-    models: Sequence[str], text: str, windows: int, seq_len: int, device: str, dtype: str, as_json: bool
+    models: Sequence[str], text: str, windows: int, seq_len: int, tasks: Chosen, device: str, dtype: str, as_json: bool
 ) -> None:
     """`rankwise eval`."""
-    rows = quality(models, text, windows, seq_len, device, dtype)
+    rows = quality(models, text, windows, seq_len, device, dtype, measurer(*tasks, track=on_terminal))
+    console.task_table(rows)
     _print_models(rows, rows[0]["text"], as_json)
 
 
@@ -171,8 +195,10 @@ def demo(out: Path, ratio: float, as_json: bool) -> None:
         console.print_json({"report": str(page), "rows": rows})
 
 
-def quality(models: Sequence[str], text: str, windows: int, seq_len: int, device: str, dtype: str) -> list[Row]:
-    """Perplexity of each model on the same text, as rows."""
+def quality(
+    models: Sequence[str], text: str, windows: int, seq_len: int, device: str, dtype: str, also: Measure = nothing
+) -> list[Row]:
+    """Perplexity of each model on the same text, as rows; and what else `also` measures."""
     check_count("windows", windows, 1)
     check_count("seq_len", seq_len, 2)
     raw = read_text(text, split="test")
@@ -189,6 +215,7 @@ def quality(models: Sequence[str], text: str, windows: int, seq_len: int, device
                 "weight_bytes": disk_bytes(name, dtype),
                 "perplexity": perplexity(model, taken, track=on_terminal),
                 "text": f"{text}, first {windows} windows of {seq_len} tokens, {stored}",
+                **also(model, tokenizer),
             }
         )
         del model

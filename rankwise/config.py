@@ -52,7 +52,9 @@ class TextConfig:
         seq_len: tokens a window.
         measure: held-out windows for perplexity before and after; 0 skips it.
         shuffle: draw windows from all over the text.
-        seed: fixes the shuffle and the sampled labels.
+        seed: fixes the shuffle, the sampled labels and everything that methods draw.
+        learn: the text that methods learn from, refitting and healing included; None is the windows of `samples`.
+        learn_samples: windows of `learn`, from its start; 0 takes all, up to 256.
     """
 
     text: str = EMBEDDED_TEXT
@@ -62,8 +64,11 @@ class TextConfig:
     measure: int = 4
     shuffle: bool = False
     seed: int = 0
+    learn: str | None = None
+    learn_samples: int = 0
 
     def __post_init__(self) -> None:
+        check_count("learn_samples", self.learn_samples, 0)
         check_count("samples", self.samples, 1)
         check_count("gradient_samples", self.gradient_samples, 1)
         check_count("seq_len", self.seq_len, 2)
@@ -78,13 +83,17 @@ class CompressConfig:
     Args:
         model: hub id, folder, `.gguf` file or `embedded:smollm2-135m`.
         out: the checkpoint folder to write; must not exist.
-        method: allocation method and its options (`Uniform(...)`, `Global(...)`).
+        method: allocation method and its options (`Global(...)`, `Rankwise(...)`; see `alloc.methods.METHODS`).
         text: calibration windows.
         device: `auto`, `cpu`, `cuda` or `cuda:N`; the model stays in host memory, one block at a time goes there.
         dtype: `auto` (as stored), `bf16`, `fp16` or `fp32`.
         curvature: folder of second moments to reuse, or to fill if it does not exist yet.
         plan: a plan to carry out instead of allocating one.
         restart: throw away unfinished work of an earlier run instead of continuing it.
+        refit: solve the kept factors again for the compressed model's own inputs; None is the method's own choice.
+        heal: steps of distillation after that; 0 is none.
+        score_only: write spectra, what was learnt and factors into `out`, and no checkpoint.
+        scores: such a folder: make the plan from it, without text.
     """
 
     model: str
@@ -96,8 +105,31 @@ class CompressConfig:
     curvature: Path | None = None
     plan: Path | None = None
     restart: bool = False
+    refit: bool | None = None
+    heal: int = 0
+    score_only: bool = False
+    scores: Path | None = None
 
     def __post_init__(self) -> None:
+        check_count("heal", self.heal, 0)
+        for name in ("scores", "plan"):
+            given = getattr(self, name)
+            check("score_only", f"with {name}", not (self.score_only and given), f"one of score_only and {name}")
+        check("scores", "with a plan", not (self.scores and self.plan), "one of scores and plan")
+        check("refit", "with scores", not (self.scores and self.refit), "scores hold no curvature to refit with")
         check("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
         free = not os.path.lexists(self.out) or (is_unfinished(self.out) and not self.restart)
         check("out", str(self.out), free, "a folder that does not exist yet")
+
+    @property
+    def refits(self) -> bool:
+        """True if factors are to be refitted."""
+        if self.scores or self.score_only:
+            return False
+        return bool(self.method.refits if self.refit is None else self.refit)
+
+    @property
+    def learns(self) -> bool:
+        """True if something is learnt from text beyond the curvature."""
+        trains = self.method.learns and not self.plan and not self.scores
+        return bool(trains or self.refits or (self.heal and not self.score_only))

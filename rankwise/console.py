@@ -19,6 +19,8 @@ MODEL_COLUMNS: tuple[Column, ...] = (
     ("ratio", "kept", ".1%"),
     ("weight_bytes", "MB on disk", "MB"),
     ("perplexity", "perplexity", ".2f"),
+    ("accuracy", "mean acc", ".1%"),
+    ("accuracy_norm", "mean acc_norm", ".1%"),
     ("prefill_ms_p50", "prefill ms p50", ".1f"),
     ("prefill_ms_p95", "p95", ".1f"),
     ("decode_ms_p50", "decode ms p50", ".2f"),
@@ -39,6 +41,25 @@ def model_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     _print(title, columns, rows)
 
 
+def task_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row for every task and model, models side by side; nothing where no model was measured on tasks."""
+    heads: tuple[Column, ...] = (
+        ("task", "task", ""),
+        ("name", "model", ""),
+        ("questions", "questions", "d"),
+        ("acc", "acc", ".1%"),
+        ("acc_stderr", "±", ".1%"),
+        ("acc_norm", "acc_norm", ".1%"),
+        ("acc_norm_stderr", "±", ".1%"),
+        ("truncated", "truncated", "d"),
+    )
+    tasks = rows[0].get("tasks", {})
+    body = [{"task": task, "name": row["name"], **row["tasks"][task]} for task in tasks for row in rows]
+    columns = [head for head in heads if any(row.get(head[0]) for row in body)]
+    if body:
+        _print("zero-shot accuracy (lm-eval)", columns, body)
+
+
 def plan_table(plan: RankPlan, title: str) -> None:
     """A row a module."""
     columns: tuple[Column, ...] = (
@@ -53,6 +74,18 @@ def plan_table(plan: RankPlan, title: str) -> None:
         ("bytes", "bytes", ",d"),
     )
     _print(title, columns, [plan_row(name, plan) for name in plan.layers])
+
+
+def method_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row an allocation method."""
+    heads = (
+        ("method", "--method"),
+        ("what", "what it is"),
+        ("sides", "--sides"),
+        ("learns", "trains"),
+        ("set", "--set"),
+    )
+    _print("allocation methods", [(key, heading, "") for key, heading in heads], rows)
 
 
 def plan_row(name: str, plan: RankPlan) -> dict[str, Any]:

@@ -6,24 +6,20 @@ from typing import Any
 
 import torch
 
+from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.methods.base import Method
+from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore, factorize_model
-from rankwise.anatomy import block_linears, features, require_context, weight_of
-from rankwise.config import CompressConfig
-from rankwise.engine.checkpoint import PLAN, save
+from rankwise.anatomy import block_linears, weight_of
 from rankwise.engine.doors.hf import attach
 from rankwise.engine.layers import CompressedLinear, build_layer
 from rankwise.errors import RankwiseError
-from rankwise.evaluate import perplexity
-from rankwise.files import disk_guard, require_room
-from rankwise.jobs import Job, work_folder
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
-from rankwise.provenance import identify_job, provenance, versions
-from rankwise.text import read_text, take_windows, token_windows
-from rankwise.zoo import load_model, model_dtype, resolve_device
+from rankwise.provenance import versions
+from rankwise.zoo import model_dtype, resolve_device
 
 
 def allocate(
@@ -60,8 +56,12 @@ def allocate(
     temporary = tempfile.TemporaryDirectory(prefix="rankwise-") if work is None else None
     folder = Path(temporary.name if temporary else str(work))
     places = folder / f"curvature-{method.sides}", folder / f"factors-{method.sides}"
-    factors, curvature = _measure_factors(model, text, gradient_text, method, *places, device, seed, track)
-    plan = method.allocate(factors, model_dtype(model))
+    factors, curvature = measure_factors(model, text, gradient_text, method, *places, device, seed, track)
+    calibration = None
+    if method.learns:
+        target = resolve_device(device)
+        calibration = Calibration(model, factors, curvature, text, folder / "learning", target, seed, track)
+    plan = method.allocate(factors, model_dtype(model), calibration)
     factors.keep_alive = temporary
     plan.factors = factors
     plan.provenance = {"options": method.options(), "curvature": curvature.identity, "versions": versions()}
@@ -69,7 +69,9 @@ def allocate(
 
 
 @torch.no_grad()
-def compress(model: Any, plan: RankPlan, factors: FactorStore | None = None, *, track: Track = silent) -> Any:
+def compress(
+    model: Any, plan: RankPlan, factors: FactorStore | Refitted | None = None, *, track: Track = silent
+) -> Any:
     """Put a plan into effect: the named linear layers are replaced, in place.
 
     Args:
@@ -90,11 +92,15 @@ def compress(model: Any, plan: RankPlan, factors: FactorStore | None = None, *, 
         for name, spec in plan.compressed.items():
             old = linears.pop(name)  # its memory is free once the new layer is in place
             layer = build_layer(spec, old.bias is not None, dtype, weight_of(old).device)
-            _fill(layer, spec.kind, store.load(name, spec.rank), old)
+            _fill(layer, spec.kind, store.load(name, spec.rank, spec.indices), old)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
             del old
             advance()
+    if isinstance(store, Refitted):
+        for name, module in linears.items():
+            if (weight := store.weight(name)) is not None:
+                weight_of(module).copy_(weight)
     attach(model, plan.compressed)
     return model
 
@@ -110,76 +116,6 @@ def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]]) -> None:
     for name in shapes:
         if name not in plan.layers:
             raise RankwiseError("plan", f"{name} is not in it", "a plan lists every linear layer of the blocks")
-
-
-def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> RankPlan:
-    """`rankwise compress`: from a model's name to a checkpoint folder. Killed anywhere, the same call continues.
-
-    Returns:
-        The plan, as written into the checkpoint.
-
-    Raises:
-        RankwiseError: bad input, or a full disk; nothing is left under `config.out`.
-    """
-    given = RankPlan.load(config.plan) if config.plan else None
-    resolve_device(config.device)
-    raw = read_text(config.text.text)
-    model, tokenizer = load_model(config.model, config.dtype)
-    windows = _prepare(config, given, raw, model, tokenizer)
-    identity = identify_job(config, model_dtype(model))
-    with Job.open(config.out, identity, restart=config.restart) as job, disk_guard(config.out):
-        if config.out.exists():  # the last run was killed between the rename and the cleaning up
-            plan = RankPlan.load(config.out / PLAN)
-        else:
-            plan = _work(config, given, model, tokenizer, windows, job.folder, track)
-        job.finish()
-    return plan
-
-
-def _prepare(
-    config: CompressConfig, given: RankPlan | None, raw: str, model: Any, tokenizer: Any
-) -> dict[str, torch.Tensor]:
-    """Everything that can be wrong is found before work begins; returns the windows."""
-    shapes = {name: features(m) for block in block_linears(model) for name, m in block.items()}
-    if given is None:
-        config.method.check_budget(shapes)
-    else:
-        check_plan(given, shapes)
-    require_context(model, config.text.seq_len)
-    text = config.text
-    windows = token_windows(raw, tokenizer, text.seq_len)
-    sizes = [text.samples, text.gradient_samples, text.measure]
-    taken = take_windows(windows, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
-    _require_room(config, model)
-    return dict(zip(("inputs", "gradients", "measure"), taken.split(sizes), strict=True))
-
-
-def _work(
-    config: CompressConfig,
-    given: RankPlan | None,
-    model: Any,
-    tokenizer: Any,
-    windows: dict[str, torch.Tensor],
-    work: Path,
-    track: Track,
-) -> RankPlan:
-    weights = model_dtype(model)
-    inputs, gradients = windows["inputs"], windows["gradients"]
-    places = config.curvature or work / "curvature", work / "factors"
-    store, curvature = _measure_factors(
-        model, inputs, gradients, config.method, *places, config.device, config.text.seed, track
-    )
-    plan = config.method.allocate(store, weights) if given is None else config.method.restate(given, store, weights)
-    plan.provenance = provenance(config, curvature.identity, weights)
-    held_out = windows["measure"]
-    before = _perplexity(model, held_out, config.device, track)
-    compress(model, plan, store, track=track)
-    after = _perplexity(model, held_out, config.device, track)
-    if before is not None:
-        plan.provenance["measured"] = {"windows": len(held_out), "dense": before, "compressed": after}
-    plan.other_bytes = tensor_bytes(model) - plan.bytes
-    save(model, tokenizer, plan, config.out, staging=work / "checkpoint")
-    return plan
 
 
 def tensor_bytes(model: Any) -> int:
@@ -201,7 +137,7 @@ def _fill(layer: CompressedLinear, kind: str, factors: tuple[torch.Tensor, torch
         layer.bias.copy_(old.bias)
 
 
-def _measure_factors(
+def measure_factors(
     model: Any,
     inputs: torch.Tensor,
     gradients: torch.Tensor | None,
@@ -213,34 +149,6 @@ def _measure_factors(
     track: Track,
 ) -> tuple[FactorStore, Curvature]:
     """Curvature into the folder `moments`, then factors into `factors`; gradients only where the method asks."""
-    target, two_sided = resolve_device(device), method.two_sided
-    wanted = gradients if two_sided else None
+    target, wanted = resolve_device(device), gradients if method.two_sided else None
     curvature = collect(model, inputs, wanted, moments, device=target, seed=seed, track=track)
-    return factorize_model(model, curvature, factors, two_sided=two_sided, device=target, track=track), curvature
-
-
-def _perplexity(model: Any, windows: torch.Tensor, device: str, track: Track) -> float | None:
-    if not len(windows):
-        return None
-    value = perplexity(model.to(_roomy(resolve_device(device), model)), windows, track=track)
-    model.to("cpu")
-    return value
-
-
-def _roomy(device: torch.device, model: Any) -> torch.device:
-    """The device, or the CPU where the whole model would not fit on it."""
-    if device.type == "cuda" and 1.25 * tensor_bytes(model) > torch.cuda.mem_get_info(device)[0]:
-        return torch.device("cpu")
-    return device
-
-
-def _require_room(config: CompressConfig, model: Any) -> None:
-    """Work folder and checkpoint, estimated from above before hours are spent; what an earlier run left counts."""
-    if config.out.exists():
-        return
-    weights = [weight_of(m) for block in block_linears(model) for m in block.values()]
-    moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if config.method.two_sided else 0)) for w in weights)
-    factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
-    folders = [work_folder(config.out), *([config.curvature] if config.curvature else [])]
-    there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    require_room(config.out.absolute().parent, max(0, tensor_bytes(model) + factors + moments - there))
+    return factorize_model(model, curvature, factors, sides=str(method.sides), device=target, track=track), curvature

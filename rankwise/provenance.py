@@ -6,6 +6,7 @@ import platform
 from typing import Any
 
 from rankwise.config import CompressConfig
+from rankwise.files import read_json
 
 LIBRARIES = ("rankwise", "torch", "transformers", "safetensors")
 
@@ -25,6 +26,10 @@ def identify_job(config: CompressConfig, weights: str) -> dict[str, Any]:
         "calibration": {key: getattr(text, key) for key in text.__dataclass_fields__ if key != "measure"},
         "plan": config.plan.read_text(encoding="utf-8") if config.plan else None,
         "curvature": str(config.curvature) if config.curvature else None,
+        "refit": config.refits,
+        "heal": config.heal,
+        "score_only": config.score_only,
+        "scores": read_json(config.scores / "scores.json") if config.scores else None,
     }
     return dict(json.loads(json.dumps(identity)))
 

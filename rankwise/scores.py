@@ -1,0 +1,115 @@
+"""Scores: everything that a plan of any size needs, measured once: spectra, what was learnt, full-rank factors."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rankwise.alloc.budget import Choices
+from rankwise.alloc.curvature import model_hash
+from rankwise.alloc.learnt import Ordered
+from rankwise.alloc.methods import method_by_name
+from rankwise.alloc.methods.base import Method
+from rankwise.alloc.store import FactorStore
+from rankwise.anatomy import block_linears, features
+from rankwise.errors import RankwiseError
+from rankwise.files import open_tensors, read_json, write_json, write_tensors
+from rankwise.plan import KINDS, RankPlan
+
+FORMAT = 1
+INDEX, CHOICES, FACTORS = "scores.json", "choices.safetensors", "factors"
+
+
+@dataclass
+class Scores:
+    """A folder of scores.
+
+    Args:
+        folder: `scores.json`, `factors/`, and `choices.safetensors` where a method has learnt.
+        facts: the model's name, what the curvature belongs to, the method's options, versions.
+        store: the factors.
+        learnt: every layer's choices with learnt losses; None for closed-form methods.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    store: FactorStore
+    learnt: dict[str, Choices] | None
+
+    def method(self, **changes: Any) -> Method:
+        """The method that the scores were made with, with other options where `changes` says so."""
+        options: dict[str, Any] = dict(self.facts["options"])
+        made = method_by_name(options.pop("method"))
+        known = {f.name for f in fields(made)}
+        given: dict[str, Any] = {key: value for key, value in (options | changes).items() if key in known}
+        given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+        return made(**given)
+
+    def allocate(self, ratio: float, weights: str, **changes: Any) -> RankPlan:
+        """A plan of any ratio; the model sees no text.
+
+        Raises:
+            RankwiseError: the budget cannot be met.
+        """
+        method = self.method(ratio=ratio, **changes)
+        if self.learnt is None:
+            return method.allocate(self.store, weights)
+        return method.again(self.learnt, self.store, weights)
+
+
+def finish_scores(folder: Path, facts: dict[str, Any], learnt: dict[str, Choices] | None) -> None:
+    """Complete a folder that holds `factors/`; `scores.json` goes last."""
+    if learnt is not None:
+        write_tensors(folder / CHOICES, _pack(learnt), {})
+    write_json(folder / INDEX, {"format": FORMAT, **facts})
+
+
+def open_scores(folder: Path, model: Any) -> Scores:
+    """Open a folder of scores for the model that they were made from.
+
+    Raises:
+        RankwiseError: no such folder, another format, or another model.
+    """
+    require_scores(folder)
+    facts = read_json(folder / INDEX)
+    if facts.get("format") != FORMAT:
+        raise RankwiseError("scores", f"format {facts.get('format')!r}", f"this version reads format {FORMAT}")
+    if facts["curvature"]["model"] != model_hash(model):
+        made = f"{folder} was made from {facts['model']}, in other weights or another dtype"
+        raise RankwiseError("scores", made, "the same model and --dtype")
+    store = FactorStore(
+        folder / FACTORS, [{n: features(m) for n, m in block.items()} for block in block_linears(model)]
+    )
+    learnt = _unpack(folder / CHOICES) if (folder / CHOICES).exists() else None
+    return Scores(folder, facts, store, learnt)
+
+
+def require_scores(folder: Path) -> None:
+    """Raise a RankwiseError unless `folder` was completed by `finish_scores`."""
+    if not (folder / INDEX).is_file():
+        raise RankwiseError("scores", f"{folder} (no {INDEX} in it)", "a folder written with --score-only")
+
+
+def _pack(learnt: dict[str, Choices]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, entry in learnt.items():
+        kinds = torch.tensor([KINDS.index(kind) for kind in entry.kind])
+        parts = asdict(entry) | {"kind": kinds, "dense_cost": torch.tensor([entry.dense_cost])}
+        tensors |= {f"{name}:{part}": torch.as_tensor(np.ascontiguousarray(value)) for part, value in parts.items()}
+    return tensors
+
+
+def _unpack(path: Path) -> dict[str, Choices]:
+    with open_tensors(path) as file:
+        parts: dict[str, dict[str, Any]] = {}
+        for key in file.keys():  # noqa: SIM118
+            name, _, part = key.rpartition(":")
+            parts.setdefault(name, {})[part] = file.get_tensor(key).numpy()
+    found: dict[str, Choices] = {}
+    for name, entry in parts.items():
+        entry["kind"] = tuple(KINDS[i] for i in entry["kind"])
+        entry["dense_cost"] = int(entry["dense_cost"][0])
+        found[name] = Ordered(**entry) if "order" in entry else Choices(**entry)
+    return found
