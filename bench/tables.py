@@ -1,6 +1,7 @@
 """Write the tables of README and docs from committed result files; `--check` only compares.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below. One whose result file
+is not there stays as it is.
 """
 
 import json
@@ -19,7 +20,7 @@ def main() -> None:
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], old)
+        new = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3] if measured(m[2]) else m[0], old)
         if new != old:
             stale.append(path.name)
             if "--check" not in sys.argv:
@@ -49,6 +50,64 @@ def quality() -> str:
     )
 
 
+def zeroshot() -> str:
+    """Accuracy: a row a model, a column a task."""
+    rows = read("cpu/zeroshot.jsonl")
+    first = rows[0]
+    tasks = list(first["scores"])
+    body = [
+        [row["name"], f"{row['ratio']:.0%}"]
+        + [f"{row['scores'][task]['acc']:.1%}" for task in tasks]
+        + [f"{row['mean'][key]:.1%}" for key in ("acc", "acc_norm")]
+        for row in rows
+    ]
+    table = markdown(["model", "kept", *(f"`{task}`" for task in tasks), "mean", "mean, normalised"], body)
+    asked = "all" if first["limit"] is None else f"the first {first['limit']}"
+    errors = [score["acc_stderr"] or 0 for row in rows for score in row["scores"].values()]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if name != "rankwise")
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return (
+        f"{table}\nZero-shot accuracy by lm-eval: `acc`; normalised: `acc_norm` where there is one. On {asked} "
+        f"questions of each task, standard error up to {max(errors):.1%} a task. In {first['stored']}. "
+        f"Commit {commits}, {first['device']}, {versions}.\n"
+    )
+
+
+def methods() -> str:
+    """Perplexity of every method: a row a method, a column a ratio and test text."""
+    rows = read("cpu/methods.jsonl")
+    dense = next(row for row in rows if row["name"] == "dense")
+    others = [row for row in rows if row is not dense]
+    columns = sorted(
+        {(row["ratio"], test) for row in others for test in row["tests"]}, key=lambda c: (-c[0], c[1] == "c4")
+    )
+    body = []
+    for name in dict.fromkeys(row["name"] for row in others):
+        found = {row["ratio"]: row for row in others if row["name"] == name}
+        figures = [f"{found[r]['perplexity'][t]:.2f}" if r in found else "–" for r, t in columns]
+        spent = ", ".join(f"{found[r]['seconds']:.0f}" for r in dict.fromkeys(r for r, _ in columns) if r in found)
+        peak = max(row["peak_bytes"] for row in found.values()) / 1e9
+        body.append([name, *figures, spent, f"{peak:.1f}"])
+    heads = ["method", *(f"{r:.0%}, {t}" for r, t in columns), "seconds", "peak GB"]
+    before = ", ".join(f"{test} {value:.2f}" for test, value in dense["perplexity"].items())
+    missed, worst = max((abs(row["measured_ratio"] / row["ratio"] - 1), row["name"]) for row in others)
+    versions = ", ".join(f"{name} {version}" for name, version in dense["versions"].items() if name != "rankwise")
+    return (
+        f"{markdown(heads, body)}\nPerplexity (lower is better), dense: {before}. `{dense['model']}` in "
+        f"{dense['dtype']}, curvature from {dense['samples']} + {dense['gradient_samples']} windows of "
+        f"`{dense['train']}`, tests on "
+        f"{dense['windows']} windows, {dense['seq_len']} tokens each; masks trained {dense['steps']} steps of "
+        f"{dense['train_len']} tokens, WikiText-2 and C4 in turn. Ratios met within {missed:.2%} "
+        f"({worst}). Seconds without curvature and factors, which all share. "
+        f"{dense['device']}, {versions}.\n"
+    )
+
+
+def measured(name: str) -> bool:
+    """Whether a table's result file is there; that of `quality` is committed and has to be."""
+    return name == "quality" or (RESULTS / "cpu" / f"{name}.jsonl").exists()
+
+
 def read(name: str) -> list[dict[str, Any]]:
     """The rows of a result file."""
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
@@ -60,7 +119,7 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {"quality": quality}
+TABLES = {"methods": methods, "quality": quality, "zeroshot": zeroshot}
 
 if __name__ == "__main__":
     main()

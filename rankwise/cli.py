@@ -55,19 +55,17 @@ def compress(
     samples: Annotated[int, typer.Option(help="Windows for the second moments of inputs.")] = 64,
     gradient_samples: Annotated[int, typer.Option(help="Windows for those of output gradients.")] = 16,
     measure: Annotated[int, typer.Option(help="Held-out windows for perplexity before and after; 0: none.")] = 4,
-    learn: Annotated[
-        str | None, typer.Option(help="Text to train masks, refit and heal on; default: the windows of --samples.")
-    ] = None,
+    learn: Annotated[str | None, typer.Option(help="Text to train, refit, heal on; default: --samples.")] = None,
     learn_samples: Annotated[int, typer.Option(help="Windows of --learn; 0: all, up to 256.")] = 0,
     refit: Annotated[
-        bool | None, typer.Option(help="Solve the kept factors again for the compressed model's own inputs.")
+        bool | None, typer.Option(help="Solve the factors again for the compressed model's inputs.")
     ] = None,
     heal: Annotated[int, typer.Option(metavar="STEPS", help="Distil the kept factors from the dense model.")] = 0,
     score_only: Annotated[
         bool, typer.Option("--score-only", help="Write spectra, what was learnt and factors; no checkpoint.")
     ] = False,
     scores: Annotated[
-        Path | None, typer.Option("--from", metavar="SCORES", help="Make the plan from such a folder, without text.")
+        Path | None, typer.Option("--from", metavar="SCORES", help="Plan by the method of such a folder, without text.")
     ] = None,
     seq_len: SeqLen = 1024,
     shuffle: Annotated[bool, typer.Option(help="Draw the windows from all over the text, as --seed says.")] = False,
