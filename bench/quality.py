@@ -50,7 +50,7 @@ def main() -> None:
     curvature = collect(model, inputs, gradients, work / "curvature", device=device, track=on_terminal)
     stores = {
         sides: factorize_model(
-            model, curvature, work / f"factors-{sides}", two_sided=sides == "two", device=device, track=on_terminal
+            model, curvature, work / f"factors-{sides}", sides=sides, device=device, track=on_terminal
         )
         for sides in ("one", "two")
     }

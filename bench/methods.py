@@ -1,0 +1,47 @@
+"""Every allocation method on one table: method × ratio × test text, on one model, from one run.
+
+    python -m bench.methods --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt --c4 c4.jsonl
+
+Curvature comes from the first windows of the train text. Methods that learn see the train text's next windows and C4
+documents, in turn; C4 is tested on documents that nothing else saw. Interrupted, the same command goes on with the
+first row that is missing; `--only NAME` measures some rows. Rows go to bench/results/cpu/methods.jsonl.
+"""
+
+from typing import Any
+
+from bench.harness import Case, run
+
+RATIOS = (0.8, 0.6, 0.9)
+HEAL = 160  # every window that methods learn from, once
+PLAIN, PIVOT = ["dense", "lowrank"], ["dense", "lowrank", "pivot"]
+
+ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform (SVD-LLM)": ("svd-llm", {}),
+    "global": ("global", {}),
+    "rankwise": ("rankwise", {}),
+    "SVD-LLM v2": ("svd-llm-v2", {}),
+    "D-Rank": ("d-rank", {}),
+    "ARA, as published": ("ara", {"faithful": True}),
+    "LLRC, any-k": ("llrc", {"selection": "any-k", "kinds": PLAIN}),
+    "LLRC, top-k": ("llrc", {"selection": "top-k", "kinds": PLAIN}),
+    "ARA, mended": ("ara", {"kinds": PLAIN, "sides": "one"}),
+    "ARA, mended, pivot, from global": ("ara", {"kinds": PIVOT, "sides": "two", "start": "global"}),
+    "STRS, whitened": ("strs", {"samples": 1}),
+    "ASVD": ("asvd", {"samples": 1}),
+    "Dobi-SVD (ranks)": ("dobi-svd", {"kinds": PLAIN, "sides": "one"}),
+    "ARS": ("ars", {"kinds": PLAIN, "sides": "one"}),
+}
+
+
+def cases() -> list[Case]:
+    """Dense once, then every method at every ratio."""
+    rows = [Case("dense", "", 1.0)]
+    for ratio in RATIOS:
+        for name, (method, settings) in ENTRIES.items():
+            rows.append(Case(name, method, ratio, settings, refit=name == "rankwise"))
+        rows.append(Case(f"rankwise, healed {HEAL} steps", "rankwise", ratio, refit=True, heal=HEAL))
+    return rows
+
+
+if __name__ == "__main__":
+    run("methods", cases(), str(__doc__))

@@ -1,0 +1,23 @@
+"""How many calibration windows are enough? Curvature from 8 to 128 windows, `global` and `rankwise` at 80 %."""
+
+from bench.harness import Case, run
+from bench.studies.plots import figure, lines
+
+SIZES = (8, 16, 32, 64, 128)
+
+
+def cases() -> list[Case]:
+    """Two methods at every size; a quarter as many windows for output gradients."""
+    return [
+        Case(name, name, 0.8, refit=name == "rankwise", samples=size, gradient_samples=max(2, size // 4))
+        for size in SIZES
+        for name in ("global", "rankwise")
+    ]
+
+
+if __name__ == "__main__":
+    rows = run("studies.size", cases(), str(__doc__))
+    if rows:
+        figure(
+            "calibration-size", lines(rows, lambda row: row["samples"], "wikitext2", "calibration windows", log=True)
+        )
