@@ -88,7 +88,8 @@ def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, A
     facts = identity(bench, options)
     rows = kept_rows(options.out, facts)
     for case in cases:
-        if case.key in {row["key"] for row in rows} or (options.only and not any(o in case.name for o in options.only)):
+        wanted = not case.method or not options.only or any(part in case.name for part in options.only)
+        if not wanted or case.key in {row["key"] for row in rows}:
             continue
         row = facts | {"key": case.key, **json.loads(json.dumps(asdict(case)))} | in_process(bench, case)
         rows.append(row)

@@ -17,6 +17,16 @@ _HOME = {
     "RankwiseError": "rankwise.errors",
     "LayerSpec": "rankwise.plan",
     "RankPlan": "rankwise.plan",
+    "Ara": "rankwise.alloc.methods.ara",
+    "Ars": "rankwise.alloc.methods.ars",
+    "Asvd": "rankwise.alloc.methods.asvd",
+    "DRank": "rankwise.alloc.methods.drank",
+    "Dobi": "rankwise.alloc.methods.dobi",
+    "Llrc": "rankwise.alloc.methods.llrc",
+    "Rankwise": "rankwise.alloc.methods.rankwise",
+    "Strs": "rankwise.alloc.methods.strs",
+    "SvdLlm": "rankwise.alloc.methods.svdllm",
+    "SvdLlmV2": "rankwise.alloc.methods.svdllm",
     "Uniform": "rankwise.alloc.methods.uniform",
     "Global": "rankwise.alloc.methods.lagrange",
     "allocate": "rankwise.pipeline",
@@ -28,7 +38,17 @@ _HOME = {
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
+    from rankwise.alloc.methods.ara import Ara as Ara
+    from rankwise.alloc.methods.ars import Ars as Ars
+    from rankwise.alloc.methods.asvd import Asvd as Asvd
+    from rankwise.alloc.methods.dobi import Dobi as Dobi
+    from rankwise.alloc.methods.drank import DRank as DRank
     from rankwise.alloc.methods.lagrange import Global as Global
+    from rankwise.alloc.methods.llrc import Llrc as Llrc
+    from rankwise.alloc.methods.rankwise import Rankwise as Rankwise
+    from rankwise.alloc.methods.strs import Strs as Strs
+    from rankwise.alloc.methods.svdllm import SvdLlm as SvdLlm
+    from rankwise.alloc.methods.svdllm import SvdLlmV2 as SvdLlmV2
     from rankwise.alloc.methods.uniform import Uniform as Uniform
     from rankwise.config import CompressConfig as CompressConfig
     from rankwise.config import TextConfig as TextConfig

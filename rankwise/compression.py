@@ -1,19 +1,19 @@
 """`rankwise compress`: from a model's name to a checkpoint, or to a folder of scores, resumable at every stage."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankwise.alloc.calibration import Calibration
-from rankwise.alloc.curvature import Curvature
+from rankwise.alloc.curvature import Curvature, hash_windows
 from rankwise.alloc.heal import HealConfig, heal
 from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
-from rankwise.alloc.teacher import Teacher
-from rankwise.anatomy import block_linears, features, require_context, weight_of
+from rankwise.alloc.teacher import KEPT, Teacher
+from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.config import CompressConfig
 from rankwise.engine.checkpoint import PLAN, save
 from rankwise.evaluate import perplexity
@@ -24,10 +24,9 @@ from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
 from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_scores
-from rankwise.text import read_text, take_windows, token_windows
+from rankwise.windows import cut_windows, read_texts
 from rankwise.zoo import load_model, model_dtype, resolve_device
 
-LEARN_WINDOWS = 256  # of a text that is given to learn from, unless the user says how many
 JUDGES = 8  # windows, of those for the output gradients, that judge a refit and a healing
 
 
@@ -39,7 +38,7 @@ class Work:
         config: the command.
         model: dense at first.
         tokenizer: of the model.
-        windows: `inputs`, `gradients`, `measure`, `learn`, each `[N, T]` token ids; empty where no text is needed.
+        windows: from `windows.cut_windows`.
         folder: unfinished work lies here.
         track: progress.
     """
@@ -65,9 +64,11 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     if config.scores:
         require_scores(config.scores)
     resolve_device(config.device)
-    raw = {key: read_text(source) for key, source in _sources(config).items()}
+    raw = read_texts(config)
     model, tokenizer = load_model(config.model, config.dtype)
-    windows = _prepare(config, given, raw, model, tokenizer)
+    _check_model(config, given, model)
+    windows = cut_windows(config, raw, model, tokenizer)
+    _require_room(config, model, windows)
     identity = identify_job(config, model_dtype(model))
     with Job.open(config.out, identity, restart=config.restart) as job, disk_guard(config.out):
         work = Work(config, model, tokenizer, windows, job.folder, track)
@@ -76,64 +77,25 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     return plan
 
 
-def _sources(config: CompressConfig) -> dict[str, str]:
-    """Which texts are needed."""
-    text = config.text
-    needed = {} if config.scores and not config.heal else {"calibration": text.text}
-    return needed | ({"learn": text.learn} if config.learns and text.learn else {})
-
-
-def _prepare(
-    config: CompressConfig, given: RankPlan | None, raw: dict[str, str], model: Any, tokenizer: Any
-) -> dict[str, torch.Tensor]:
-    """Everything that can be wrong is found before work begins; returns the windows."""
+def _check_model(config: CompressConfig, given: RankPlan | None, model: Any) -> None:
+    """The plan fits the model, or the budget is within reach: known before work begins."""
     shapes = {name: features(m) for block in block_linears(model) for name, m in block.items()}
     if given is not None:
         check_plan(given, shapes)
     elif config.scores is None:
         config.method.check_budget(shapes)
-    text = config.text
-    empty = torch.empty(0, text.seq_len, dtype=torch.int64)
-    windows = dict.fromkeys(("inputs", "gradients", "measure", "learn"), empty)
-    if "calibration" in raw:
-        require_context(model, text.seq_len)
-        sizes = [text.samples, text.gradient_samples, text.measure]
-        found = token_windows(raw["calibration"], tokenizer, text.seq_len)
-        taken = take_windows(found, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
-        windows |= zip(("inputs", "gradients", "measure"), taken.split(sizes), strict=True)
-        windows["learn"] = windows["inputs"]
-    if "learn" in raw:
-        found = token_windows(raw["learn"], tokenizer, text.seq_len)
-        count = text.learn_samples or min(LEARN_WINDOWS, max(1, len(found)))
-        windows["learn"] = take_windows(found, count, str(text.learn))
-    _require_room(config, model)
-    return windows
 
 
 def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     config, model = work.config, work.model
     if config.out.exists():  # the last run was killed between the rename and the cleaning up
         return RankPlan.load(config.out / PLAN)
-    weights = model_dtype(model)
-    if config.scores:
-        scores = open_scores(config.scores, model)
-        plan, store, identity = scores.allocate(config.method.ratio, weights), scores.store, scores.facts["curvature"]
-    else:
-        store, curvature = _factors(work, work.folder / FACTORS)
-        plan = _plan(work, given, store, curvature)[0]
-        identity = curvature.identity
-    plan.provenance = provenance(config, identity, weights)
-    if config.scores:
-        plan.provenance["options"] = scores.facts["options"] | {"ratio": config.method.ratio}
-    found: Any = _refit(work, plan, store, curvature) if config.refits else store
+    plan, factors = _from_scores(work) if config.scores else _from_text(work, given)
     before = _perplexity(work)
-    if config.heal:
-        work.model.to(_roomy(resolve_device(config.device), model))
-        teacher = Teacher(work.folder / "teacher")
-        teacher.listen(model, _healing_windows(work), track=work.track)
-        model.to("cpu")
-    compress(model, plan, found, track=work.track)
-    if config.heal:
+    healing = config.heal > 0 and len(plan.compressed) > 0
+    teacher = _teach(work) if healing else None
+    compress(model, plan, factors, track=work.track)
+    if teacher is not None:
         _heal(work, plan, teacher)
     after = _perplexity(work)
     if before is not None:
@@ -141,6 +103,24 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     plan.other_bytes = tensor_bytes(model) - plan.bytes
     save(model, work.tokenizer, plan, config.out, staging=work.folder / "checkpoint")
     return plan
+
+
+def _from_text(work: Work, given: RankPlan | None) -> tuple[RankPlan, FactorStore | Refitted]:
+    """A plan, and its factors, refitted if that is asked for."""
+    store, curvature = _factors(work, work.folder / FACTORS)
+    plan, _ = _plan(work, given, store, curvature)
+    plan.provenance = provenance(work.config, curvature.identity, model_dtype(work.model))
+    return plan, _refit(work, plan, store, curvature) if work.config.refits else store
+
+
+def _from_scores(work: Work) -> tuple[RankPlan, FactorStore]:
+    """A plan of the method and the text that the scores were made with."""
+    config, weights = work.config, model_dtype(work.model)
+    scores = open_scores(Path(str(config.scores)), work.model)
+    plan, facts = scores.allocate(config.method.ratio, weights), scores.facts
+    made = {"options": facts["options"] | {"ratio": config.method.ratio}, "calibration": facts["calibration"]}
+    plan.provenance = provenance(config, facts["curvature"], weights) | made
+    return plan, scores.store
 
 
 def _score(work: Work) -> RankPlan:
@@ -159,14 +139,14 @@ def _score(work: Work) -> RankPlan:
 
 
 def _factors(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:
+    """Curvature and factors; output gradients also where only the refit asks for them."""
     config = work.config
     moments = config.curvature or work.folder / "curvature"
-    inputs, gradients = work.windows["inputs"], work.windows["gradients"]
-    both = config.method.two_sided or config.refits
+    gradients = work.windows["gradients"] if config.method.two_sided or config.refits else None
     return measure_factors(
         work.model,
-        inputs,
-        gradients if both else None,
+        work.windows["inputs"],
+        gradients,
         config.method,
         moments,
         folder,
@@ -192,14 +172,14 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
 
 
 def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> Refitted:
-    layers = plan.to_dict()["layers"]
-    into = Refitted(work.folder / "refit", store, {"layers": layers, "curvature": curvature.identity})
-    device = resolve_device(work.config.device)
     learn, judges = work.windows["learn"], work.windows["gradients"][:JUDGES]
-    found = refit(work.model, plan, store, curvature, learn, judges, into, device=device, track=work.track)
-    kept = sum(share is not None for share, _ in found.outcomes().values())
-    plan.provenance["refit"] = {"layers": kept, "gain": sum(gain for _, gain in found.outcomes().values())}
-    return found
+    identity = {"layers": plan.to_dict()["layers"], "curvature": curvature.identity, "text": hash_windows(learn)}
+    into = Refitted(work.folder / "refit", store, identity)
+    device = resolve_device(work.config.device)
+    found = refit(work.model, plan, store, curvature, learn, judges, into, device=device, track=work.track).outcomes()
+    kept = sum(outcome.share is not None for outcome in found.values())
+    plan.provenance["refit"] = {"layers": kept, "gain": sum(outcome.gain for outcome in found.values())}
+    return into
 
 
 def _healing_windows(work: Work) -> torch.Tensor:
@@ -207,11 +187,20 @@ def _healing_windows(work: Work) -> torch.Tensor:
     return torch.cat([work.windows["learn"], work.windows["gradients"][:JUDGES]])
 
 
+def _teach(work: Work) -> Teacher:
+    """What the dense model says of every window, on disk."""
+    teacher = Teacher(work.folder / "teacher")
+    model = work.model.to(_roomy(resolve_device(work.config.device), work.model))
+    teacher.listen(model, _healing_windows(work), track=work.track)
+    model.to("cpu")
+    return teacher
+
+
 def _heal(work: Work, plan: RankPlan, teacher: Teacher) -> None:
     config, windows = work.config, _healing_windows(work)
     work.model.to(_roomy(resolve_device(config.device), work.model))
     options = HealConfig(steps=config.heal, seed=config.text.seed)
-    identity = {"plan": plan.to_dict(), "options": options.__dict__}
+    identity = {"plan": plan.to_dict(), "options": asdict(options), "text": hash_windows(windows)}
     judges = min(JUDGES, len(work.windows["gradients"]))
     names, folder = list(plan.compressed), work.folder
     healed = heal(work.model, names, teacher, windows, judges, options, folder, identity, track=work.track)
@@ -235,15 +224,20 @@ def _roomy(device: torch.device, model: Any) -> torch.device:
     return device
 
 
-def _require_room(config: CompressConfig, model: Any) -> None:
-    """Work folder and checkpoint, estimated from above before hours are spent; what an earlier run left counts."""
+def _require_room(config: CompressConfig, model: Any, windows: dict[str, torch.Tensor]) -> None:
+    """Work folder and result, estimated from above before hours are spent; what an earlier run left counts."""
     if config.out.exists():
         return
     weights = [weight_of(m) for block in block_linears(model) for m in block.values()]
-    moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if config.method.two_sided else 0)) for w in weights)
+    outputs = config.method.two_sided or config.refits
+    moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if outputs else 0)) for w in weights)
     factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
-    copies = 1 + int(config.refits) + 2 * int(config.heal > 0)
+    needed = tensor_bytes(model) + (0 if config.scores else moments + factors)
+    if config.refits:
+        needed += factors
+    if config.heal:  # values, best values and two moments of Adam; the last save stays until the next is complete
+        heard = windows["learn"].numel() + windows["gradients"][:JUDGES].numel()
+        needed += 2 * 4 * 4 * sum(w.numel() for w in weights) + 8 * KEPT * heard
     folders = [work_folder(config.out), *([config.curvature] if config.curvature else [])]
     there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    needed = tensor_bytes(model) + copies * factors + moments
     require_room(config.out.absolute().parent, max(0, needed - there))

@@ -54,6 +54,7 @@ class TextConfig:
         shuffle: draw windows from all over the text.
         seed: fixes the shuffle, the sampled labels and everything that methods draw.
         learn: the text that methods learn from, refitting and healing included; None is the windows of `samples`.
+            Windows that calibrate gradients or measure are left out of it.
         learn_samples: windows of `learn`, from its start; 0 takes all, up to 256.
     """
 
@@ -69,6 +70,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_count("learn_samples", self.learn_samples, 0)
+        unused = self.learn_samples > 0 and self.learn is None
+        check("learn_samples", self.learn_samples, not unused, "0 without a text to learn from")
         check_count("samples", self.samples, 1)
         check_count("gradient_samples", self.gradient_samples, 1)
         check_count("seq_len", self.seq_len, 2)
@@ -112,11 +115,11 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         check_count("heal", self.heal, 0)
-        for name in ("scores", "plan"):
+        for name in ("scores", "plan", "refit", "heal"):
             given = getattr(self, name)
             check("score_only", f"with {name}", not (self.score_only and given), f"one of score_only and {name}")
-        check("scores", "with a plan", not (self.scores and self.plan), "one of scores and plan")
-        check("refit", "with scores", not (self.scores and self.refit), "scores hold no curvature to refit with")
+        check("scores", "with plan", not (self.scores and self.plan), "one of scores and plan")
+        check("refit", "with scores", not (self.scores and self.refit), "without scores, which hold no curvature")
         check("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
         free = not os.path.lexists(self.out) or (is_unfinished(self.out) and not self.restart)
         check("out", str(self.out), free, "a folder that does not exist yet")

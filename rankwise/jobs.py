@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import RankwiseError
-from rankwise.files import differing_keys, read_json, write_json
+from rankwise.files import differing_keys, json_ready, read_json, write_json
 
 JOB = "job.json"
 
@@ -34,6 +34,26 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         raise RankwiseError(str(folder), "another process is working in it", "wait until it has ended") from None
     finally:
         os.close(handle)
+
+
+def claim(folder: Path, what: str, identity: dict[str, Any]) -> None:
+    """Files `WHAT_*.safetensors` belong to what `WHAT.json` beside them says; those of another are not continued.
+
+    Args:
+        folder: made if missing.
+        what: the files' name, and the field of the error.
+        identity: what they belong to.
+
+    Raises:
+        RankwiseError: the folder was made with another identity, or holds such files and nothing that says whose.
+    """
+    path, hint = folder / f"{what}.json", "use a new folder, or --restart"
+    if not path.exists():
+        if any(folder.glob(f"{what}_*.safetensors")):
+            raise RankwiseError(what, f"{folder} (no {path.name} in it)", hint)
+        write_json(path, identity)
+    if different := differing_keys(read_json(path), json_ready(identity)):
+        raise RankwiseError(what, f"{folder} was made with other {different}", hint)
 
 
 def work_folder(out: Path) -> Path:

@@ -48,7 +48,9 @@ def allocate(
     Returns:
         A plan that carries a handle on its factors, ready for `compress`.
     """
-    if method.two_sided and gradient_text is None:
+    if not method.two_sided:
+        gradient_text = None
+    elif gradient_text is None:
         split = len(text) - max(1, len(text) // 4)
         if split < 1:
             raise RankwiseError("text", f"{len(text)} windows", "two-sided factors need at least 2")
@@ -101,6 +103,7 @@ def compress(
         for name, module in linears.items():
             if (weight := store.weight(name)) is not None:
                 weight_of(module).copy_(weight)
+                _require_finite(f"{name}.weight", weight_of(module))
     attach(model, plan.compressed)
     return model
 
@@ -131,10 +134,14 @@ def _fill(layer: CompressedLinear, kind: str, factors: tuple[torch.Tensor, torch
         values = {"lowrank_u": u, "lowrank_v": v}
     for name, value in values.items():
         getattr(layer, name).copy_(value)
-        if not torch.isfinite(getattr(layer, name)).all():
-            raise RankwiseError(name, "NaN or Inf after rounding", "try --dtype bf16 or fp32")
+        _require_finite(name, getattr(layer, name))
     if old.bias is not None and layer.bias is not None:
         layer.bias.copy_(old.bias)
+
+
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise RankwiseError(name, "NaN or Inf after rounding", "try --dtype bf16 or fp32")
 
 
 def measure_factors(
@@ -148,7 +155,7 @@ def measure_factors(
     seed: int,
     track: Track,
 ) -> tuple[FactorStore, Curvature]:
-    """Curvature into the folder `moments`, then factors into `factors`; gradients only where the method asks."""
-    target, wanted = resolve_device(device), gradients if method.two_sided else None
-    curvature = collect(model, inputs, wanted, moments, device=target, seed=seed, track=track)
+    """Curvature into the folder `moments`, then factors into `factors`; `gradients` None: no output gradients."""
+    target = resolve_device(device)
+    curvature = collect(model, inputs, gradients, moments, device=target, seed=seed, track=track)
     return factorize_model(model, curvature, factors, sides=str(method.sides), device=target, track=track), curvature

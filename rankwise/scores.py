@@ -63,7 +63,7 @@ def finish_scores(folder: Path, facts: dict[str, Any], learnt: dict[str, Choices
     """Complete a folder that holds `factors/`; `scores.json` goes last."""
     if learnt is not None:
         write_tensors(folder / CHOICES, _pack(learnt), {})
-    write_json(folder / INDEX, {"format": FORMAT, **facts})
+    write_json(folder / INDEX, {"format": FORMAT, "learnt": learnt is not None, **facts})
 
 
 def open_scores(folder: Path, model: Any) -> Scores:
@@ -72,24 +72,32 @@ def open_scores(folder: Path, model: Any) -> Scores:
     Raises:
         RankwiseError: no such folder, another format, or another model.
     """
-    require_scores(folder)
-    facts = read_json(folder / INDEX)
-    if facts.get("format") != FORMAT:
-        raise RankwiseError("scores", f"format {facts.get('format')!r}", f"this version reads format {FORMAT}")
+    facts = require_scores(folder)
     if facts["curvature"]["model"] != model_hash(model):
         made = f"{folder} was made from {facts['model']}, in other weights or another dtype"
-        raise RankwiseError("scores", made, "the same model and --dtype")
+        raise RankwiseError("scores", made, "the same model and --dtype are needed")
     store = FactorStore(
         folder / FACTORS, [{n: features(m) for n, m in block.items()} for block in block_linears(model)]
     )
-    learnt = _unpack(folder / CHOICES) if (folder / CHOICES).exists() else None
+    learnt = _unpack(folder / CHOICES) if facts["learnt"] else None
+    if learnt is not None:
+        learnt = {name: learnt[name] for name in store.shapes}  # in model order
     return Scores(folder, facts, store, learnt)
 
 
-def require_scores(folder: Path) -> None:
-    """Raise a RankwiseError unless `folder` was completed by `finish_scores`."""
+def require_scores(folder: Path) -> dict[str, Any]:
+    """The facts of a folder that `finish_scores` completed.
+
+    Raises:
+        RankwiseError: no such folder, or another format.
+    """
     if not (folder / INDEX).is_file():
-        raise RankwiseError("scores", f"{folder} (no {INDEX} in it)", "a folder written with --score-only")
+        raise RankwiseError("scores", f"{folder} (no {INDEX} in it)", "a folder written with --score-only is expected")
+    facts = read_json(folder / INDEX)
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if found != FORMAT:
+        raise RankwiseError("scores", f"{folder / INDEX}: format {found!r}", f"this version reads format {FORMAT}")
+    return dict(facts)
 
 
 def _pack(learnt: dict[str, Choices]) -> dict[str, torch.Tensor]:

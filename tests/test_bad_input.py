@@ -205,10 +205,10 @@ OPTIONS = {
     "ratio-nan": Case(option("--ratio", "nan"), ("ratio: nan;", FRACTION)),
     "ratio-inf": Case(option("--ratio", "inf"), ("ratio: inf;", FRACTION)),
     "tolerance-0": Case(option("--tolerance", "0"), ("tolerance: 0.0;", FRACTION)),
-    "method": Case(option("--method", "magic"), ("method: magic;", "allowed: global, uniform")),
+    "method": Case(option("--method", "magic"), ("method: magic;", "allowed: ara, ars, asvd, ", "global", "rankwise")),
     "kind": Case(option("--kinds", "dense,tucker"), ("kinds: tucker;", "allowed: dense, lowrank, pivot")),
     "kinds-none": Case(option("--kinds", ""), ("kinds: ", "allowed: dense, lowrank, pivot")),
-    "sides": Case(option("--sides", "three"), ("sides: three;", "allowed: one, two")),
+    "sides": Case(option("--sides", "three"), ("sides: three;", "allowed: one, two, diagonal")),
     "dtype": Case(option("--dtype", "int8"), ("dtype: int8;", DTYPES)),
     "device-cuda": Case(option("--device", "cuda"), ("device: cuda;", "not on this machine", "auto, cpu, cuda")),
     "device-unknown": Case(option("--device", "abacus"), ("device: abacus;", "allowed: auto, cpu, cuda, cuda:N")),
@@ -574,7 +574,7 @@ CURVATURES = {
     ),
     "of-another-model": Case(
         prepared(
-            lambda lab: lab.write("c/curvature.json", json.dumps({"format": 1, "blocks": 2, "model": "another"})),
+            lambda lab: lab.write("c/curvature.json", json.dumps({"format": 2, "blocks": 2, "model": "another"})),
             option("--curvature", "c"),
         ),
         ("curvature: c was made with model 'another', not ", "use the same model, text, windows and seed"),

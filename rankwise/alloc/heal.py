@@ -8,6 +8,7 @@ so a healing that does harm changes nothing.
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from rankwise.alloc.teacher import Teacher
-from rankwise.config import check_count
+from rankwise.config import check, check_count, check_seed
 from rankwise.errors import RankwiseError
 from rankwise.files import differing_keys, json_ready, open_tensors, write_tensors
 from rankwise.progress import Track, say, silent
@@ -48,6 +49,8 @@ class HealConfig:
         check_count("heal", self.steps, 0)
         check_count("batch", self.batch, 1)
         check_count("check_every", self.check_every, 1)
+        check("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
+        check_seed(self.seed)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -121,46 +124,57 @@ def heal(
         names: modules whose matrices are trained (their factors; one-element guards and biases are not).
         teacher: has listened to all of `windows`.
         windows: `[N, T]` token ids; the last `held_out` of them judge.
-        held_out: at least 1.
+        held_out: at least 1, and fewer than there are.
         config: steps and rates.
         folder: keeps the state that a killed run continues from.
-        identity: what the healing belongs to.
+        identity: what the healing belongs to, its options included.
         track: progress.
 
     Raises:
-        RankwiseError: the folder belongs to another healing, or the loss is no number.
+        RankwiseError: the folder belongs to another healing, the loss is no number, or no layer is compressed.
     """
     if not 0 < held_out < len(windows):
         raise RankwiseError("held-out windows", held_out, f"allowed: 1 to {len(windows) - 1}")
     parameters = dict(_matrices(model, names))
-    training = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    masters = _Masters(parameters, config.lr)
-    found = _load(folder / STATE, masters, identity)
+    if not parameters:
+        raise RankwiseError("heal", "no compressed layer", "there is nothing to train")
     last = range(len(windows) - held_out, len(windows))
-    try:
-        with track("heal", config.steps) as advance:
-            if found.history is None:
-                found = Healing(history=[])
+    with _trainable(model, parameters), track("heal", config.steps) as advance:
+        masters = _Masters(parameters, config.lr)
+        found = _load(folder / STATE, masters, identity)
+        if found.history is None:
+            found.history = []
+            _judge(found, model, teacher, windows, last, masters)
+            found.before = found.best
+        for _ in range(found.step):
+            advance()
+        while found.step < config.steps:
+            loss = _step(model, masters, teacher, windows, len(windows) - held_out, found.step, config)
+            found.step += 1
+            if found.step % config.check_every == 0 or found.step == config.steps:
                 _judge(found, model, teacher, windows, last, masters)
-                found.before = found.best
-            for _ in range(found.step):
-                advance()
-            while found.step < config.steps:
-                loss = _step(model, masters, teacher, windows, len(windows) - held_out, found.step, config)
-                found.step += 1
-                advance()
-                if found.step % config.check_every == 0 or found.step == config.steps:
-                    _judge(found, model, teacher, windows, last, masters)
-                    _save(folder / STATE, masters, found, identity)
-                say(advance, f"divergence {loss:.3f}, held out {found.best:.3f} (from {found.before:.3f})")
+                _save(folder / STATE, masters, found, identity)
+            advance()
+            say(advance, f"divergence {loss:.3f}, held out {found.best:.3f} (from {found.before:.3f})")
         masters.put(masters.best)
-    finally:
-        for parameter, flag in training.items():
-            parameter.requires_grad_(flag)
     return found
+
+
+@contextmanager
+def _trainable(model: Any, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """These parameters alone take gradients while the context lasts."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for parameter in parameters.values():
+            parameter.grad = None
 
 
 def _matrices(model: Any, names: list[str]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -182,7 +196,8 @@ def _step(
         logits = model(input_ids=windows[number][None].to(device), use_cache=False).logits[0]
         loss = teacher.divergence(number, logits) / config.batch
         if not torch.isfinite(loss):
-            raise RankwiseError("heal", f"loss {float(loss)} in step {step}", "try a smaller rate, or --dtype bf16")
+            value = f"loss {float(loss.detach())} in step {step}"
+            raise RankwiseError("heal", value, "try a smaller rate, or --dtype bf16")
         loss.backward()
         total += float(loss.detach())
     masters.step(config.rate(step))
@@ -228,4 +243,6 @@ def _load(path: Path, masters: _Masters, identity: dict[str, Any]) -> Healing:
                 value = file.get_tensor(f"{key}:{name}")
                 masters.optimiser.state[full][key] = value if key == "step" else value.to(full.device)
     masters.put(masters.full)
-    return Healing(**json.loads(metadata["found"]))
+    known = json.loads(metadata["found"])
+    infinite = {key: math.inf for key in ("before", "best") if known[key] is None}  # JSON cannot say so
+    return Healing(**(known | infinite))

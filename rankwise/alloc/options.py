@@ -1,14 +1,22 @@
 """A method and its options from text, as the command line has them."""
 
+from collections.abc import Callable
 from dataclasses import Field, fields
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from rankwise.alloc.methods import method_by_name
 from rankwise.alloc.methods.base import Method
 from rankwise.errors import RankwiseError
 
 SHARED = ("ratio", "kinds", "rank_multiple", "tolerance", "sides")  # have options of their own
-WORDS = {"true": True, "false": False, "none": None}
+PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    str: (str, "a word"),
+    tuple[float, ...]: (lambda text: tuple(float(part) for part in text.split(",")), "numbers joined by commas"),
+}
 
 
 def make_method(name: str, ratio: float, shared: dict[str, Any], settings: list[str]) -> Method:
@@ -42,19 +50,13 @@ def own_options(method: type[Method]) -> dict[str, "Field[Any]"]:
 
 
 def _value(field: "Field[Any]", text: str) -> Any:
-    """Text in the type of the field's default; words, numbers and comma-joined numbers."""
-    kind = str(field.type)
-    if text.lower() in WORDS and ("bool" in kind or "None" in kind):
-        return WORDS[text.lower()]
+    """Text in the field's own type."""
+    kinds: tuple[Any, ...] = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    parse, allowed = PARSERS[next(kind for kind in kinds if kind is not NoneType)]
     try:
-        if "tuple" in kind:
-            return tuple(float(part) for part in text.split(","))
-        if "int" in kind:
-            return int(text)
-        if "float" in kind:
-            return float(text)
-    except ValueError:
-        raise RankwiseError(field.name, text, f"allowed: {kind}") from None
-    if "bool" in kind:
-        raise RankwiseError(field.name, text, "allowed: true, false")
-    return text
+        return parse(text)
+    except (ValueError, KeyError):
+        more = " or none" if NoneType in kinds else ""
+        raise RankwiseError(field.name, text, f"allowed: {allowed}{more}") from None

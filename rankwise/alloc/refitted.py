@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from rankwise.alloc.solve import Outcome, Tensors, product
 from rankwise.alloc.store import FactorStore
-from rankwise.errors import RankwiseError
-from rankwise.files import differing_keys, open_tensors, read_json, read_tensors, write_json, write_tensors
+from rankwise.files import open_tensors, read_tensors, write_tensors
+from rankwise.jobs import claim
 
 
 class Refitted:
@@ -17,19 +18,16 @@ class Refitted:
     Args:
         folder: where the files are, or will be.
         base: the factors that were refitted.
-        identity: what the refit belongs to; a folder with another one is refused.
+        identity: what the refit belongs to, as JSON-ready data.
+
+    Raises:
+        RankwiseError: the folder belongs to another refit.
     """
 
     def __init__(self, folder: Path, base: FactorStore, identity: dict[str, Any]) -> None:
         self.folder, self.base = folder, base
         self._block = {name: index for index, block in enumerate(base.layers) for name in block}
-        path = folder / "refit.json"
-        if not path.exists():
-            if any(folder.glob("refit_*.safetensors")):
-                raise RankwiseError("refit", f"{folder} (no {path.name} in it)", "use a new folder, or --restart")
-            write_json(path, identity)
-        if different := differing_keys(read_json(path), identity):
-            raise RankwiseError("refit", f"{folder} was made with other {different}", "use a new folder, or --restart")
+        claim(folder, "refit", identity)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -40,10 +38,10 @@ class Refitted:
         """The file of block `index`."""
         return self.folder / f"refit_{index:03d}.safetensors"
 
-    def write(self, index: int, tensors: dict[str, torch.Tensor], outcomes: dict[str, Any]) -> None:
-        """Keep one block's tensors and what was found."""
-        found = {name: [outcome.share, outcome.gain] for name, outcome in outcomes.items()}
-        write_tensors(self.file(index), tensors, {"outcomes": json.dumps(found)})
+    def write(self, index: int, layers: dict[str, Tensors], outcomes: dict[str, Outcome]) -> None:
+        """Keep one block's tensors and what became of its layers."""
+        tensors = {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
+        write_tensors(self.file(index), tensors, {"outcomes": json.dumps(outcomes)})
 
     def load(self, name: str, rank: int, indices: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """u `[m, k]` and v `[k, n]`, fp32; they have the plan's rank, so `rank` and `indices` say nothing more."""
@@ -55,22 +53,19 @@ class Refitted:
         with open_tensors(self.file(self._block[name])) as file:
             return file.get_tensor(f"{name}.weight") if f"{name}.weight" in file.keys() else None  # noqa: SIM118
 
-    def weights(self, index: int) -> dict[str, torch.Tensor]:
+    def weights(self, index: int) -> Tensors:
         """Every layer's matrix `[m, n]` fp32 of one block, multiplied out; layers that were not changed are absent."""
-        tensors = read_tensors(self.file(index))
-        names = {key.rpartition(".")[0] for key in tensors}
-        return {
-            name: tensors[f"{name}.weight"]
-            if f"{name}.weight" in tensors
-            else tensors[f"{name}.u"] @ tensors[f"{name}.v"]
-            for name in names
-        }
+        layers: dict[str, Tensors] = {}
+        for key, tensor in read_tensors(self.file(index)).items():
+            name, _, part = key.rpartition(".")
+            layers.setdefault(name, {})[part] = tensor
+        return {name: product(tensors) for name, tensors in layers.items()}
 
-    def outcomes(self) -> dict[str, tuple[float | None, float]]:
-        """Layer to (share, gain) of `refit.Outcome`, of the blocks that are done."""
-        found: dict[str, tuple[float | None, float]] = {}
+    def outcomes(self) -> dict[str, Outcome]:
+        """Layer to what became of it, of the blocks that are done."""
+        found: dict[str, Outcome] = {}
         for index in range(len(self.base.layers)):
             if self.file(index).exists():
                 with open_tensors(self.file(index)) as file:
-                    found |= {name: tuple(pair) for name, pair in json.loads(file.metadata()["outcomes"]).items()}
+                    found |= {name: Outcome(*pair) for name, pair in json.loads(file.metadata()["outcomes"]).items()}
         return found

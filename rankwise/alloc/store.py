@@ -12,7 +12,8 @@ from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import Factors, factorize, factorize_diagonal
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.errors import RankwiseError
-from rankwise.files import differing_keys, open_tensors, read_json, write_json, write_tensors
+from rankwise.files import open_tensors, write_tensors
+from rankwise.jobs import claim
 from rankwise.progress import Track, silent
 
 Metric = Callable[[str, torch.Tensor], Factors]  # a layer's name and its weight to its factors
@@ -82,7 +83,7 @@ def factorize_model(
     store = FactorStore(folder, [{name: features(m) for name, m in block.items()} for block in linears])
     if sides == "two" and not curvature.has_outputs:
         raise RankwiseError("curvature", str(curvature.folder), "it has no output-gradient moments; use --sides one")
-    _claim(folder, {"sides": sides, **curvature.identity})
+    claim(folder, "factors", {"sides": sides, **curvature.identity})
     with track("factors", len(linears)) as advance:
         for index, block in enumerate(linears):
             if not store.file(index).exists():
@@ -114,14 +115,3 @@ def _factorize_block(block: dict[str, nn.Module], metric: Metric, device: torch.
         parts = {"u": factors.u, "v": factors.v, "energy": factors.energy}
         tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
     return tensors
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Factors belong to one curvature and one metric; those of another are not continued."""
-    path = folder / "factors.json"
-    if not path.exists():
-        if any(folder.glob("factors_*.safetensors")):
-            raise RankwiseError("factors", f"{folder} (no {path.name} in it)", "use a new folder, or --restart")
-        write_json(path, identity)
-    if different := differing_keys(read_json(path), identity):
-        raise RankwiseError("factors", f"{folder} was made with other {different}", "use a new folder")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from rankwise.alloc.curvature import hash_windows, model_hash
 from rankwise.files import open_tensors, write_tensors
 from rankwise.progress import Track, silent
 
@@ -12,7 +13,7 @@ KEPT = 64  # likeliest tokens a position; the rest of the vocabulary counts as o
 
 
 class Teacher:
-    """Log-probabilities of the dense model, one file a window.
+    """Log-probabilities of the dense model, one file a window; a file says which window and model it is of.
 
     Args:
         folder: where the files are, or will be.
@@ -28,15 +29,22 @@ class Teacher:
     @torch.no_grad()
     def listen(self, model: Any, windows: torch.Tensor, *, track: Track = silent) -> None:
         """Run the dense model over `windows [N, T]`, or over those that are not done yet."""
-        device = next(model.parameters()).device
+        device, known = next(model.parameters()).device, model_hash(model)
         with track("teacher", len(windows)) as advance:
             for number, window in enumerate(windows):
-                if not self.file(number).exists():
+                identity = {"model": known, "window": hash_windows(window)}
+                if not self._is_of(number, identity):
                     logits = model(input_ids=window[None].to(device), use_cache=False).logits[0].float()
                     top, index = logits.log_softmax(-1).topk(min(KEPT, logits.shape[-1]), dim=-1)
-                    tensors = {"logp": top.half().cpu(), "index": index.int().cpu()}
-                    write_tensors(self.file(number), tensors, {})
+                    write_tensors(self.file(number), {"logp": top, "index": index.int()}, identity)
                 advance()
+
+    def _is_of(self, number: int, identity: dict[str, str]) -> bool:
+        """True if the window's file is there and was made for this model and these tokens."""
+        if not self.file(number).exists():
+            return False
+        with open_tensors(self.file(number)) as file:
+            return bool(file.metadata() == identity)
 
     def divergence(self, number: int, logits: torch.Tensor) -> torch.Tensor:
         """Mean Kullback-Leibler divergence of the student from the teacher over a window, nats a token.

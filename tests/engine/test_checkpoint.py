@@ -399,3 +399,13 @@ def test_headers_must_agree_with_the_plan(which: str, damage: str, folder: Path,
     assert raised.value.field == name
     assert str(raised.value.value).startswith(found)
     assert str(shape) in raised.value.allowed
+
+
+def test_dense_weights_may_lie_transposed_as_gpt2_stores_them(tmp_path: Path) -> None:
+    specs = {"a": LayerSpec("dense", 6, 4, 4, "fp32")}
+    for shape in ((6, 4), (4, 6)):
+        save_file({"a.weight": torch.zeros(shape)}, tmp_path / "model.safetensors")
+        assert check_headers([tmp_path / "model.safetensors"], specs) == {"a.weight": shape}
+    save_file({"a.weight": torch.zeros(6, 6)}, tmp_path / "model.safetensors")
+    with pytest.raises(RankwiseError, match=r"a.weight: shape \[6, 6\]; the plan says shape \[6, 4\]"):
+        check_headers([tmp_path / "model.safetensors"], specs)

@@ -1,0 +1,64 @@
+"""Which windows of which texts one `rankwise compress` uses."""
+
+from typing import Any
+
+import torch
+
+from rankwise.anatomy import require_context
+from rankwise.config import CompressConfig
+from rankwise.text import read_text, take_windows, token_windows
+
+LEARN_WINDOWS = 256  # of a text that is given to learn from, unless the user says how many
+USES = ("inputs", "gradients", "measure", "learn")
+
+
+def read_texts(config: CompressConfig) -> dict[str, str]:
+    """The texts that a command needs: `calibration` (not for a plan from scores), `learn` where one is given.
+
+    Raises:
+        RankwiseError: an unknown or unreadable text.
+    """
+    text = config.text
+    needed = {} if config.scores and not config.heal else {"calibration": text.text}
+    needed |= {"learn": text.learn} if config.learns and text.learn else {}
+    return {key: read_text(source) for key, source in needed.items()}
+
+
+def cut_windows(config: CompressConfig, raw: dict[str, str], model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Token ids for every use.
+
+    Args:
+        config: how many, and how long.
+        raw: from `read_texts`.
+        model: whose context they must fit into.
+        tokenizer: of the model.
+
+    Returns:
+        `inputs` and `gradients` for the moments, `measure` for perplexity, `learn` for training, refitting and
+        healing: each `[N, T]`, empty where no text is needed. Without a text of its own `learn` is `inputs`; none of
+        the windows that judge (`gradients`, `measure`) is ever in it.
+
+    Raises:
+        RankwiseError: a text is too short, or the windows are longer than the model's context.
+    """
+    text = config.text
+    found = dict.fromkeys(USES, torch.empty(0, text.seq_len, dtype=torch.int64))
+    if "calibration" in raw:
+        require_context(model, text.seq_len)
+        sizes = [text.samples, text.gradient_samples, text.measure]
+        every = token_windows(raw["calibration"], tokenizer, text.seq_len)
+        taken = take_windows(every, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
+        found |= zip(("inputs", "gradients", "measure"), taken.split(sizes), strict=True)
+        found["learn"] = found["inputs"]
+    if "learn" in raw:
+        every = token_windows(raw["learn"], tokenizer, text.seq_len)
+        fresh = _without(every, torch.cat([found["gradients"], found["measure"]]))
+        count = text.learn_samples or min(LEARN_WINDOWS, max(1, len(fresh)))
+        found["learn"] = take_windows(fresh, count, str(text.learn))
+    return found
+
+
+def _without(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Those windows that are not among the others."""
+    known = {tuple(window) for window in others.tolist()}
+    return windows[[tuple(window) not in known for window in windows.tolist()]]
