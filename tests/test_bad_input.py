@@ -28,6 +28,8 @@ from transformers import (
 import rankwise
 from rankwise import files
 from rankwise.cli import main
+from rankwise.compression import compress_to_folder
+from rankwise.config import CompressConfig, TextConfig
 from rankwise.plan import LayerSpec
 
 SMALL = ["--samples", "4", "--gradient-samples", "2", "--seq-len", "32", "--measure", "1", "--rank-multiple", "1"]
@@ -42,7 +44,8 @@ Tree = dict[str, str]
 
 @dataclass
 class Lab:
-    """The folder a command runs in. It holds `model` (dense), `small` (compressed) and `text.txt`, to be damaged.
+    """The folder a command runs in. It holds `model` (dense), `small` (compressed), `scores` and `learnt` (scores of a
+    closed-form and of a learning method, made from `model`) and `text.txt`, to be damaged.
 
     Args:
         place: the folder; also the working directory.
@@ -105,6 +108,19 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[
     return rankwise.save(small, tokenizer, plan, tmp_path_factory.mktemp("compressed") / "small")
 
 
+@pytest.fixture(scope="module")
+def scored(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path], text_file: Path
+) -> dict[str, Path]:
+    """Folders of scores."""
+    folder, text = tmp_path_factory.mktemp("scored"), TextConfig(str(text_file), 4, 2, 32, 0)
+    methods = {"scores": rankwise.Global(0.7, rank_multiple=1), "learnt": rankwise.Ara(0.7, rank_multiple=1, steps=1)}
+    for name, method in methods.items():
+        command = CompressConfig(str(model_folder("llama")), folder / name, method, text, score_only=True)
+        compress_to_folder(command)
+    return {name: folder / name for name in methods}
+
+
 @pytest.fixture
 def lab(
     tmp_path: Path,
@@ -114,10 +130,13 @@ def lab(
     tokenizer: Any,
     text_file: Path,
     compressed: Path,
+    scored: dict[str, Path],
 ) -> Lab:
     place = tmp_path / "lab"
     shutil.copytree(model_folder("llama"), place / "model")
     shutil.copytree(compressed, place / "small")
+    for name, folder in scored.items():
+        shutil.copytree(folder, place / name)
     shutil.copy(text_file, place / "text.txt")
     monkeypatch.chdir(place)
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
@@ -264,6 +283,34 @@ OPTIONS = {
     "bench-rounds-0": Case(lambda lab: ["bench", "model", "--rounds", "0"], ("rounds: 0;", "a whole number from 1")),
     "bench-prompt-0": Case(lambda lab: ["bench", "model", "--prompt", "0"], ("prompt: 0;", "a whole number from 1")),
     "demo-ratio": Case(lambda lab: ["demo", "--ratio", "2"], ("ratio: 2.0;", FRACTION)),
+    "set-unknown": Case(
+        option("--method", "ara", "--set", "stepz=3"), ("set: stepz=3;", "NAME=VALUE, for ara NAME is one of: steps, ")
+    ),
+    "set-no-value": Case(option("--method", "ara", "--set", "steps"), ("set: steps;", "NAME=VALUE")),
+    "set-nothing-to-set": Case(option("--set", "steps=3"), ("set: steps=3;", "for rankwise NAME is one of: none")),
+    "set-wrong-type": Case(
+        option("--method", "ara", "--set", "steps=many"), ("steps: many;", "allowed: a whole number")
+    ),
+    "set-out-of-range": Case(option("--method", "ara", "--set", "steps=0"), ("steps: 0;", "a whole number from 1")),
+    "set-shared": Case(option("--method", "ara", "--set", "ratio=0.5"), ("set: ratio=0.5;", "NAME=VALUE")),
+    "heal-negative": Case(option("--heal=-1"), ("heal: -1;", "allowed: a whole number from 0")),
+    "learn-samples-negative": Case(option("--learn-samples=-1"), ("learn_samples: -1;", "a whole number from 0")),
+    "learn-samples-of-no-text": Case(
+        option("--learn-samples", "3"), ("learn_samples: 3;", "allowed: 0 without a text to learn from")
+    ),
+    "score-only-and-plan": Case(
+        option("--score-only", "--plan", "small/plan.json"), ("score_only: with plan;", "one of score_only and plan")
+    ),
+    "score-only-and-from": Case(option("--score-only", "--from", "scores"), ("score_only: with scores;", "one of")),
+    "score-only-and-refit": Case(option("--score-only", "--refit"), ("score_only: with refit;", "one of")),
+    "score-only-and-heal": Case(option("--score-only", "--heal", "3"), ("score_only: with heal;", "one of")),
+    "from-and-plan": Case(
+        option("--from", "scores", "--plan", "small/plan.json"), ("scores: with plan;", "one of scores and plan")
+    ),
+    "from-and-refit": Case(
+        option("--from", "scores", "--refit"),
+        ("refit: with scores;", "allowed: without scores, which hold no curvature"),
+    ),
 }
 
 OUTS = {
@@ -372,6 +419,25 @@ TEXTS = {
         ("text: other.txt holds 0 windows of 32 tokens;", "2 needed"),
     ),
     "eval-unknown": Case(lambda lab: lab.eval("model", "--text", "c5"), ("text: c5;", ALLOWED_TEXT)),
+    "learn-unknown": Case(option("--learn", "c5"), ("text: c5;", ALLOWED_TEXT)),
+    "learn-missing": Case(option("--learn", "no.txt"), ("text: no.txt (FileNotFoundError)", "readable UTF-8")),
+    "learn-missing-for-a-method": Case(
+        option("--method", "ara", "--learn", "no.txt"), ("text: no.txt (FileNotFoundError)", "readable UTF-8")
+    ),
+    "learn-missing-to-heal": Case(
+        option("--from", "scores", "--heal", "2", "--learn", "no.txt"), ("text: no.txt (FileNotFoundError)",)
+    ),
+    "learn-too-short": Case(
+        lambda lab: lab.compress("--learn", lab.write("other.txt", "Too short for one window.")),
+        ("text: other.txt holds 0 windows of 32 tokens;", "1 needed: give a longer text"),
+    ),
+    "learn-too-few-windows": Case(
+        option("--learn", "text.txt", "--learn-samples", "9999"),
+        ("text: text.txt holds ", " windows of 32 tokens;", "9999 needed"),
+    ),
+    "calibration-missing-to-heal": Case(
+        lambda lab: lab.compress("--from", "scores", "--heal", "2", text="no.txt"), ("text: no.txt (FileNotFound",)
+    ),
 }
 
 
@@ -590,6 +656,73 @@ CURVATURES = {
 @pytest.mark.parametrize("case", CURVATURES.values(), ids=CURVATURES)
 def test_curvature_folders(case: Case, lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
     check(case, lab, capfd)
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def from_scores(step: Callable[[Lab], Any], *options: str, folder: str = "scores") -> Callable[[Lab], list[str]]:
+    return prepared(step, option("--from", folder, *options))
+
+
+FOLDER = "a folder written with --score-only is expected"
+SCORES = {
+    "missing": Case(option("--from", "none"), ("scores: none (no scores.json in it);", FOLDER)),
+    "a-file": Case(option("--from", "text.txt"), ("scores: text.txt (no scores.json in it);", FOLDER)),
+    "a-checkpoint": Case(option("--from", "small"), ("scores: small (no scores.json in it);", FOLDER)),
+    "junk": Case(
+        from_scores(lambda lab: lab.write("scores/scores.json", "junk")),
+        ("scores/scores.json: not readable as JSON", "a JSON file is expected"),
+    ),
+    "list": Case(
+        from_scores(lambda lab: lab.write("scores/scores.json", "[]")),
+        ("scores: scores/scores.json: format None;", "this version reads format 1"),
+    ),
+    "newer-format": Case(
+        from_scores(lambda lab: lab.edit("scores/scores.json", lambda s: s.update(format=2))),
+        ("scores: scores/scores.json: format 2;", "this version reads format 1"),
+    ),
+    "another-model": Case(
+        lambda lab: lab.compress("--from", "scores", model=lab.save(lab.make("llama", seed=1), "other")),
+        (
+            "scores: scores was made from ",
+            "in other weights or another dtype;",
+            "the same model and --dtype are needed",
+        ),
+    ),
+    "another-family": Case(
+        lambda lab: lab.compress("--from", "scores", model=lab.save(lab.make("gpt2"), "other")),
+        ("scores: scores was made from ", "in other weights or another dtype"),
+    ),
+    "another-dtype": Case(option("--from", "scores", "--dtype", "bf16"), ("scores: scores was made from ",)),
+    "factors-missing": Case(
+        from_scores(lambda lab: (lab.place / "scores/factors/factors_001.safetensors").unlink()),
+        ("scores/factors/factors_001.safetensors: no such file;", "the folder is incomplete"),
+    ),
+    "factors-truncated": Case(
+        from_scores(lambda lab: truncate(lab, "scores/factors/factors_001.safetensors")),
+        ("scores/factors/factors_001.safetensors: ", "truncated or not safetensors"),
+    ),
+    "choices-missing": Case(
+        from_scores(lambda lab: (lab.place / "learnt/choices.safetensors").unlink(), folder="learnt"),
+        ("learnt/choices.safetensors: no such file;", "the folder is incomplete"),
+    ),
+    "budget-below-reach": Case(option("--from", "scores", "--ratio", "0.001"), ("ratio: 0.001;", "reach 0.")),
+    "learnt-budget-below-reach": Case(option("--from", "learnt", "--ratio", "0.001"), ("ratio: 0.001;", "reach 0.")),
+    "ratio": Case(option("--from", "scores", "--ratio", "2"), ("ratio: 2.0;", FRACTION)),
+}
+
+
+@pytest.mark.parametrize("case", SCORES.values(), ids=SCORES)
+def test_folders_of_scores(case: Case, lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
+    check(case, lab, capfd)
+
+
+@pytest.mark.parametrize("folder", ["scores", "learnt"])
+def test_the_scores_that_the_others_damage_are_good(folder: str, lab: Lab) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(lab.compress("--from", folder, text="no.txt"))
+    assert ended.value.code == 0
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -849,11 +982,11 @@ def test_no_room_is_found_before_work_begins(
 
 
 @pytest.mark.parametrize("raised", ["OSError", "SafetensorError"])
-@pytest.mark.parametrize("number", [0, 3, 8, 11], ids=lambda n: f"file-{n}")
+@pytest.mark.parametrize("number", [0, 3, 8, 11, 13], ids=lambda n: f"file-{n}")
 def test_a_disk_that_fills_up_during_work(
     number: int, raised: str, lab: Lab, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Curvature and factors; what was done is kept, and once there is room the same command goes on."""
+    """Curvature, factors and refit; what was done is kept, and once there is room the same command goes on."""
     expected, count, write = reference(lab), 0, files.save_file
 
     def full(tensors: Any, path: Any, **options: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rankwise.errors import RankwiseError
-from rankwise.jobs import Job, is_unfinished, locked
+from rankwise.jobs import Job, claim, is_unfinished, locked
 
 IDENTITY: dict[str, Any] = {"model": "a", "options": {"ratio": 0.8, "kinds": ["dense"]}, "plan": None}
 HOLDER = """
@@ -193,3 +193,22 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_belong_to_what_the_folder_says(tmp_path: Path) -> None:
+    """Tuples and numbers that JSON cannot say are no other identity."""
+    identity = {"kinds": ("dense", "pivot"), "loss": float("nan"), "layers": {"a": {"indices": (0, 2)}}}
+    claim(tmp_path / "new" / "place", "things", identity)
+    claim(tmp_path / "new" / "place", "things", identity)
+    with pytest.raises(RankwiseError, match=r"^things: .*place was made with other kinds, more; use a new folder, or"):
+        claim(tmp_path / "new" / "place", "things", identity | {"kinds": ("dense",), "more": 1})
+    assert [path.name for path in (tmp_path / "new" / "place").iterdir()] == ["things.json"]
+
+
+def test_files_that_nobody_claimed_are_not_continued(tmp_path: Path) -> None:
+    (tmp_path / "others_000.safetensors").touch()
+    claim(tmp_path, "things", {})
+    (tmp_path / "things.json").unlink()
+    (tmp_path / "things_000.safetensors").touch()
+    with pytest.raises(RankwiseError, match=r"^things: .* \(no things.json in it\); use a new folder, or --restart$"):
+        claim(tmp_path, "things", {})

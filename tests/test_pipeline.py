@@ -10,6 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rankwise
+from rankwise.alloc.refitted import Refitted
+from rankwise.alloc.solve import product
+from rankwise.anatomy import block_linears, weight_of
+from rankwise.errors import RankwiseError
 from rankwise.pipeline import tensor_bytes
 
 
@@ -55,3 +59,59 @@ def test_bytes_count_tied_tensors_once(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
     expected = sum(p.numel() * 4 for p in model.parameters())  # parameters() lists a tied tensor once
     assert tensor_bytes(model) == expected
+
+
+def test_gradients_are_measured_where_the_method_asks(tiny: Callable[..., Any], windows: torch.Tensor) -> None:
+    for method, samples in ((rankwise.SvdLlm(0.6, rank_multiple=1), 0), (rankwise.Global(0.6, rank_multiple=1), 2)):
+        plan = rankwise.allocate(tiny("llama"), windows[:4], method, gradient_text=windows[4:])
+        assert plan.provenance["curvature"]["gradient_samples"] == samples
+        assert plan.provenance["curvature"]["samples"] == 4
+
+
+def test_methods_that_learn_learn_from_the_text(tiny: Callable[..., Any], windows: torch.Tensor) -> None:
+    """And leave the model as it was, in memory alone."""
+    model = tiny("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    plan = rankwise.allocate(model, windows, rankwise.Ara(0.6, rank_multiple=1, steps=3, train_len=16))
+    assert plan.ratio == pytest.approx(0.6, rel=1e-3)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert rankwise.compress(model, plan)(windows).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_refitted_weights_are_put_in(
+    family: str, tiny: Callable[..., Any], windows: torch.Tensor, tmp_path: Path
+) -> None:
+    """Factors of compressed layers and weights of dense ones, in GPT-2's transposed layers too."""
+    model = tiny(family)
+    plan = rankwise.allocate(model, windows, rankwise.Global(0.8, kinds=("dense", "lowrank"), rank_multiple=1))
+    dense = [name for name, spec in plan if spec.kind == "dense"]
+    assert len(dense) > 1
+    blocks = block_linears(model)
+    into, wanted = Refitted(tmp_path / "refit", plan.factors, {}), {}
+    for index, block in enumerate(blocks):
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for name in block:
+            spec = plan.layers[name]
+            m, n, k = spec.out_features, spec.in_features, spec.rank
+            layers[name] = {"u": torch.randn(m, k), "v": torch.randn(k, n)}
+            if spec.kind == "dense":
+                layers[name] = {"weight": torch.randn(m, n)} if name != dense[0] else {}
+            kept = weight_of(block[name]).clone()
+            wanted[name] = product(layers[name]) if layers[name] else kept
+        into.write(index, layers, {})
+    small = rankwise.compress(model, plan, into)
+    for name, matrix in wanted.items():
+        layer = small.get_submodule(name)
+        found = layer(torch.eye(matrix.shape[1])) - (0 if layer.bias is None else layer.bias)
+        assert torch.allclose(found.T, matrix, atol=1e-3)
+
+
+def test_refitted_weights_must_fit_the_dtype(tiny: Callable[..., Any], windows: torch.Tensor, tmp_path: Path) -> None:
+    model = tiny("llama", torch.float16)
+    plan = rankwise.allocate(model, windows, rankwise.Global(1.0, rank_multiple=1))
+    into, name = Refitted(tmp_path / "refit", plan.factors, {}), "model.layers.0.self_attn.q_proj"
+    into.write(0, {name: {"weight": torch.full((32, 32), 1e6)}}, {})
+    into.write(1, {}, {})
+    with pytest.raises(RankwiseError, match=rf"^{name}.weight: NaN or Inf after rounding; try --dtype bf16 or fp32$"):
+        rankwise.compress(model, plan, into)

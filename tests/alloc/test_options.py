@@ -1,3 +1,7 @@
+"""A method and its options from text."""
+
+from dataclasses import fields
+
 import pytest
 
 from rankwise.alloc.methods import METHODS, Ara, Llrc, Strs
@@ -50,3 +54,37 @@ def test_every_option_has_a_default(name: str) -> None:
     """So a method can be made from its name alone, and says what its options are."""
     made = make_method(name, 0.8, {}, [])
     assert set(own_options(type(made))) <= set(made.options())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_option_can_be_set_to_its_default(name: str) -> None:
+    """So there is a way to read its type; words are read without their case."""
+    default = METHODS[name]()
+    texts = {}
+    for key in own_options(METHODS[name]):
+        value = getattr(default, key)
+        texts[key] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    made = make_method(name, default.ratio, {}, [f"{key}={text}" for key, text in texts.items()])
+    assert made == default
+    assert all(type(getattr(made, f.name)) is type(getattr(default, f.name)) for f in fields(made))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("steps=none", "steps: none; allowed: a whole number"),
+        ("lr=fast", "lr: fast; allowed: a number or none"),
+        ("checkpointing=1", "checkpointing: 1; allowed: true or false"),
+        ("lr=nan", "lr: nan; allowed: a finite number above 0"),
+        ("steps=-1", "steps: -1; allowed: a whole number from 1"),
+    ],
+)
+def test_the_whole_message(setting: str, message: str) -> None:
+    with pytest.raises(RankwiseError) as found:
+        make_method("ara", 0.8, {}, [setting])
+    assert str(found.value) == message
+
+
+def test_a_list_of_numbers_is_refused_as_one() -> None:
+    with pytest.raises(RankwiseError, match=r"^grid: 0.5,x; allowed: numbers joined by commas$"):
+        make_method("strs", 0.8, {}, ["grid=0.5,x"])
