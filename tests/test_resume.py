@@ -186,7 +186,7 @@ def contents(folder: Path) -> Files:
 
 @pytest.fixture(scope="module")
 def options(model_folder: Callable[[str], Path], text_file: Path) -> list[str]:
-    return [str(model_folder("llama")), "--calibration", str(text_file), "--ratio", "0.6", *SMALL]
+    return [str(model_folder("llama")), "--calibration", str(text_file), "--ratio", "0.6", "--no-refit", *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +329,9 @@ OTHER = {
     "samples": (["--samples", "5"], "calibration"),
     "dtype": (["--dtype", "bf16"], "weights"),
     "curvature": (["--curvature", "elsewhere"], "curvature"),
+    "refit": (["--refit"], "refit"),
+    "heal": (["--heal", "3"], "heal"),
+    "scores": (["--score-only"], "score_only"),
 }
 
 
@@ -458,6 +461,96 @@ def test_killed_while_cleaning_up(
         shutil.rmtree(task.place)
     assert number > 5
     assert failures == {}
+
+
+# ------------------------------------------------------------------------------- masks, refit, teacher, healing
+
+TRAINED = ["--method", "ara", *(f"--set={setting}" for setting in ("steps=6", "save_every=2", "train_len=16"))]
+STAGES = {
+    "all": [*TRAINED, "--refit", "--heal", "25"],
+    "scores": [*TRAINED, "--score-only"],
+}
+SEEN = {  # what the run renames, in this order
+    "all": "factors_001 training masks refit.json refit_001 teacher_00005 heal plan.json SHA256SUMS",
+    "scores": "factors_001 training masks choices scores.json",
+}
+
+
+def deep(folder: Path) -> Files:
+    """Every file below a folder, byte for byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def staged(
+    options: list[str], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[list[str], Files, list[str]]]:
+    """Options, bytes and events of an undisturbed run with these stages, made once."""
+    made: dict[str, tuple[list[str], Files, list[str]]] = {}
+
+    def make(name: str) -> tuple[list[str], Files, list[str]]:
+        if name not in made:
+            place = tmp_path_factory.mktemp("staged") / name
+            place.mkdir()
+            refitted = [option for option in options if option != "--no-refit"]
+            task = Task(place, [*refitted, "--learn", str(text_file), "--learn-samples", "4", *STAGES[name]])
+            result = task.run()
+            assert result.code == 0, result.printed
+            made[name] = task.options, deep(task.out), [Path(event).name for event in result.events]
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_stages_rename_what_this_file_thinks(name: str, staged: Callable[[str], Any]) -> None:
+    _, _, events = staged(name)
+    places = [next(i for i, event in enumerate(events) if event.startswith(wanted)) for wanted in SEEN[name].split()]
+    assert places == sorted(places)
+    assert events[-1] == "out"
+    assert events.count("training.safetensors") == 3
+    assert events.count("heal.safetensors") == (2 if name == "all" else 0)
+
+
+@pytest.mark.parametrize(("at", "when"), [(2, "after"), (4, "before")], ids=["after-3", "before-5"])
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_again_and_again_in_every_stage(
+    name: str, at: int, when: str, tmp_path: Path, staged: Callable[[str], Any]
+) -> None:
+    """Each run gets a few files further; what a stage has finished is not done again, and the bytes are the same."""
+    options, expected, events = staged(name)
+    (tmp_path / "place").mkdir()
+    task, done = Task(tmp_path / "place", options), list[str]()
+    for _ in range(len(events)):
+        ended = task.run(Fate(at, when=when))
+        done += [Path(event).name for event in ended.events[: at + (when == "after")]]
+        assert ended.code in (-signal.SIGKILL, 0), ended.printed
+        if ended.code == 0 or "plan.json" in done or "scores.json" in done:
+            break
+    if ended.code != 0:
+        ended = task.run()
+        done += [Path(event).name for event in ended.events]
+    assert ended.code == 0, ended.printed
+    assert deep(task.out) == expected
+    assert [path.name for path in task.place.iterdir()] == ["out"]
+    once = ("inputs_", "factors_", "training", "refit", "teacher_", "heal")
+    assert [event for event in done if event.startswith(once)] == [event for event in events if event.startswith(once)]
+
+
+def test_killed_in_the_middle_of_training_and_healing(tmp_path: Path, staged: Callable[[str], Any]) -> None:
+    """Between two saves, by an exception; the steps since the last one are run again."""
+    options, expected, events = staged("all")
+    (tmp_path / "place").mkdir()
+    task = Task(tmp_path / "place", options)
+    second = events.index("training.safetensors") + 1
+    last = len(events) - 1 - events[::-1].index("heal.safetensors")
+    for at, name in ((second, "training.safetensors"), (last - second, "heal.safetensors")):
+        ended = task.run(Fate(at, how=signal.SIGINT))
+        assert ended.code == 130, ended.printed
+        assert Path(ended.events[-1]).name == name
+    finished = task.run()
+    assert finished.code == 0, finished.printed
+    assert deep(task.out) == expected
 
 
 def test_children_use_the_same_python() -> None:
