@@ -49,7 +49,7 @@ class Case:
         method: of `--method`; empty is the dense model.
         ratio: share to keep.
         settings: options of the method.
-        refit: refit its factors.
+        refit: refit its factors, to the calibration text and the text that other methods learn masks from.
         heal: steps of distillation after that, one window of `learn` each.
         calibration: domain of the curvature.
         samples: windows for the input moments.
@@ -88,8 +88,7 @@ def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, A
     facts = identity(bench, options)
     rows = kept_rows(options.out, facts)
     for case in cases:
-        wanted = not case.method or not options.only or any(part in case.name for part in options.only)
-        if not wanted or case.key in {row["key"] for row in rows}:
+        if not wanted(case, options) or case.key in {row["key"] for row in rows}:
             continue
         row = facts | {"key": case.key, **json.loads(json.dumps(asdict(case)))} | in_process(bench, case)
         rows.append(row)
@@ -98,6 +97,12 @@ def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, A
         figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
         print(f"{case.name:36} kept {case.ratio:.2f}  {figures}  {row['seconds']:.0f} s", flush=True)  # noqa: T201
     return rows
+
+
+def wanted(case: Case, options: argparse.Namespace) -> bool:
+    """Whether this command measures a case; the dense model is in every run."""
+    named = not options.only or any(part in case.name for part in options.only)
+    return not case.method or (named and (not options.at or case.ratio in options.at))
 
 
 def in_process(bench: str, case: Case) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def put(case: Case, calibration: Calibration, tokenizer: Any, options: argparse.
     found["shares"] = [round(spec.ratio, 4) for _, spec in plan]
     found["predicted_loss"] = sum(losses) if losses else None
     train = train_windows(case.calibration, options, tokenizer)
-    fit, judges = train[: case.samples], train[case.samples :][:JUDGES]
+    fit, judges = torch.cat([train[: case.samples], calibration.windows]), train[case.samples :][:JUDGES]
     target: FactorStore | Refitted = store
     if case.refit:
         target = refitted(calibration, plan, fit, judges, options.work)
@@ -156,7 +161,8 @@ def put(case: Case, calibration: Calibration, tokenizer: Any, options: argparse.
 
 def refitted(calibration: Calibration, plan: RankPlan, fit: torch.Tensor, judges: torch.Tensor, work: Path) -> Refitted:
     """The plan's factors, refitted or found: rows with the same plan share them."""
-    identity = {"layers": plan.to_dict()["layers"], "curvature": calibration.curvature.identity}
+    text = {"fitted": hash_windows(fit), "judges": hash_windows(judges)}
+    identity = {"layers": plan.to_dict()["layers"], "curvature": calibration.curvature.identity, **text}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     into = Refitted(work / "refit" / name, calibration.factors, identity)
     model, store, curvature = calibration.model, calibration.factors, calibration.curvature
@@ -216,12 +222,13 @@ def parse(bench: str, description: str) -> argparse.Namespace:
     add_text_options(parser)
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--only", action="append", help="measure the rows whose name contains this; repeatable")
+    parser.add_argument("--at", action="append", type=float, help="measure the rows of this ratio; repeatable")
     parser.add_argument("--learn-samples", type=int, default=160, help="windows that masks are trained on")
-    parser.add_argument("--steps", type=int, default=400, help="of every method that trains masks")
+    parser.add_argument("--steps", type=int, default=256, help="of every method that trains masks")
     parser.add_argument("--train-len", type=int, default=512, help="tokens a training step")
     parser.add_argument("--rank-multiple", type=int, default=8)
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--work", type=Path, default=Path("bench/work"), help="curvature, factors, training states")
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="curvature, factors, training states")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / f"{bench}.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()

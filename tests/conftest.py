@@ -1,11 +1,18 @@
 """Tiny random models of every family, a tokenizer made on the spot, and text: no network, no files of others."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules  # it reads this when it is imported, which transformers does too
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,

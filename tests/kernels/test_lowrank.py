@@ -1,25 +1,13 @@
 """Low-rank layers equal the dense product that they stand for."""
 
-from math import prod
-
 import pytest
 import torch
+from tensors import TOLERANCE, draw, relative_error
 
 from rankwise.kernels import lowrank_linear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M, N, K = 12, 9, 4
 LEADING = [pytest.param(shape, id="x".join(map(str, (*shape, N)))) for shape in [(), (5,), (2, 3), (0,), (2, 1, 3)]]
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(prod(shape) + len(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])

@@ -1,27 +1,17 @@
 """The masked layer equals its formula, its gradients are true, and a hard mask is the truncated layer itself."""
 
-from math import prod
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error
 
 from rankwise.kernels import lowrank_linear, mask_probe, masked_matmul
+from rankwise.kernels.backend import backend
+from rankwise.kernels.gemm import Epilogue, column_sums, product
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M, N, K = 12, 9, 6
 LEADING = [pytest.param(shape, id="x".join(map(str, (*shape, N)))) for shape in [(), (5,), (2, 3), (0,), (2, 1, 3)]]
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(prod(shape) + len(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
@@ -68,7 +58,7 @@ def test_x_is_not_kept_for_a_mask_alone() -> None:
 @pytest.mark.parametrize("keep", [0, 1, 4, K, torch.tensor([0, 2, 3]), torch.arange(K), torch.tensor([], dtype=int)])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_a_promised_mask_has_the_gradients_of_the_mask_itself(keep: int | torch.Tensor, trained: bool) -> None:
-    hard = torch.zeros(K, dtype=torch.float64)
+    hard = torch.zeros(K, dtype=torch.float64, device=DEVICE)
     hard[slice(keep) if isinstance(keep, int) else keep] = 1
     grads = []
     for promise in (None, keep):
@@ -99,17 +89,18 @@ def test_a_hard_mask_is_the_truncated_layer_to_the_bit(
     rank = data.draw(st.integers(1, size))
     some = torch.tensor(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size))))
     x, v, u = draw(1, tokens, n, dtype=dtype), draw(size, n, dtype=dtype), draw(m_out, size, dtype=dtype)
-    mask, bias = torch.zeros(size, requires_grad=True), draw(m_out, dtype=dtype)
+    mask, bias = torch.zeros(size, device=DEVICE, requires_grad=True), draw(m_out, dtype=dtype)
     for keep, kept in ((rank, torch.arange(rank)), (some, some)):
         stored = v[kept].clone(), u[:, kept].clone(memory_format=torch.contiguous_format)
-        assert torch.equal(masked_matmul(x, v, mask, u, bias, keep), lowrank_linear(x, *stored, bias))
-        assert torch.equal(masked_matmul(x, v, mask.detach(), u, None, keep), lowrank_linear(x, *stored))
+        with backend("torch"):
+            assert torch.equal(masked_matmul(x, v, mask, u, bias, keep), lowrank_linear(x, *stored, bias))
+            assert torch.equal(masked_matmul(x, v, mask.detach(), u, None, keep), lowrank_linear(x, *stored))
 
 
 def test_the_masks_gradient_is_summed_in_fp32() -> None:
     """4,096 tokens that each add 1: bf16 would stop at 256."""
-    x, one = torch.ones(4096, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
-    m = torch.ones(1, requires_grad=True)
+    x, one = (torch.ones(size, 1, dtype=torch.bfloat16, device=DEVICE) for size in (4096, 1))
+    m = torch.ones(1, device=DEVICE, requires_grad=True)
     masked_matmul(x, one, m, one).sum().backward()
     assert m.grad is not None
     assert m.grad.dtype == torch.float32
@@ -118,7 +109,7 @@ def test_the_masks_gradient_is_summed_in_fp32() -> None:
 
 def test_the_probe_changes_nothing_and_tells_the_mask_what_components_are_worth() -> None:
     x, v, u, weights = draw(2, 3, N).requires_grad_(), draw(K, N), draw(M, K), draw(2, 3, M)
-    m, dense = torch.ones(K, dtype=torch.float64, requires_grad=True), u @ v
+    m, dense = torch.ones(K, dtype=torch.float64, device=DEVICE, requires_grad=True), u @ v
     y = x @ dense.T
     probed = mask_probe(y, x, v, m, u)
     assert torch.equal(probed, y)
@@ -136,3 +127,117 @@ def test_inputs_stay_as_they_are() -> None:
     masked_matmul(*tensors, 3)
     masked_matmul(*tensors, torch.tensor([1, 4]))
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+
+
+def everything(x: torch.Tensor, *others: torch.Tensor | None, keep: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """y and the gradients of all tensors."""
+    leaves = [x, *(tensor for tensor in others if tensor is not None)]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    y = masked_matmul(*leaves, *([None] * (5 - len(leaves))), keep)
+    (y * draw(*y.shape, dtype=y.dtype, seed=9)).sum().backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def tensors(t: int, n: int, k: int, m: int, dtype: torch.dtype, *, bias: bool) -> list[torch.Tensor]:
+    """x, V, m, U and perhaps a bias."""
+    mask = draw(k, dtype=torch.float32, seed=3).sigmoid()
+    made = [draw(t, n, dtype=dtype), draw(k, n, dtype=dtype, seed=1), mask, draw(m, k, dtype=dtype, seed=2)]
+    return [*made, draw(m, dtype=dtype)] if bias else made
+
+
+SIZES = [(5, 9, 6, 12), (130, 70, 40, 33), (1, 64, 64, 64), (70, 16, 1, 16), (65, 48, 272, 32), (0, 16, 4, 8)]
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_triton_computes_what_fp64_does(sizes: tuple[int, ...], dtype: torch.dtype, with_bias: bool) -> None:
+    made = tensors(*sizes, dtype, bias=with_bias)
+    exact = everything(*(tensor.double() for tensor in made))
+    with in_triton():
+        found = everything(*made)
+    for ours, wanted in zip(found, exact, strict=True):
+        assert relative_error(ours, wanted) <= TOLERANCE[dtype] if wanted.numel() else ours.shape == wanted.shape
+
+
+@needs_triton
+@pytest.mark.parametrize("rank", [0, 1, 17, 64, 130])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_a_prefix_on_the_device_is_the_truncated_layer(rank: int, dtype: torch.dtype) -> None:
+    x, v, mask, u = tensors(20, 48, 130, 32, dtype, bias=False)
+    keep = torch.tensor(rank, dtype=torch.int32, device=DEVICE)
+    y, dx, dv, dm, du = everything(*(t.double() for t in (x, v[:rank], mask[:rank], u[:, :rank])))
+    past = [torch.zeros(size, device=DEVICE) for size in ((130 - rank, 48), (130 - rank,), (32, 130 - rank))]
+    wanted = [y, dx, torch.cat([dv, past[0]]), torch.cat([dm, past[1]]), torch.cat([du, past[2]], 1)]
+    with in_triton():
+        found = everything(x, v, mask, u, keep=keep)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert relative_error(ours, exact) <= TOLERANCE[dtype] if exact.any() else not ours.any()
+    assert not any(
+        ours.narrow(dim, rank, 130 - rank).any() for ours, dim in ((found[2], 0), (found[3], 0), (found[4], 1))
+    )
+
+
+def test_a_prefix_on_the_device_means_the_same_in_pytorch() -> None:
+    made = tensors(20, 48, 30, 32, torch.float64, bias=False)
+    keep = torch.tensor(11, dtype=torch.int32, device=DEVICE)
+    hard = made[2].where(torch.arange(30, device=DEVICE) < 11, 0)
+    assert torch.equal(masked_matmul(*made, None, keep), masked_matmul(made[0], made[1], hard, made[3]))
+
+
+@needs_triton
+def test_whole_numbers_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        torch.randint(-3, 4, size, generator=generator).float().to(DEVICE)
+        for size in ((9, 40), (20, 40), (20,), (30, 20))
+    ]
+    with in_triton():
+        found = everything(*made)
+    assert torch.equal(found[0], (made[0] @ made[1].T * made[2]) @ made[3].T)
+
+
+@needs_triton
+def test_a_transposed_input_and_a_slice_of_factors() -> None:
+    x, v, mask, u = tensors(24, 40, 30, 32, torch.float32, bias=False)
+    strided = x.T.contiguous().T, torch.cat([v, v], 1)[:, :40], mask, torch.cat([u, u], 1)[:, :30]
+    with in_triton():
+        found = everything(*strided)
+    for ours, wanted in zip(found, everything(*(t.double() for t in (x, v, mask, u))), strict=True):
+        assert relative_error(ours, wanted) <= 1e-5
+
+
+@needs_triton
+def test_results_repeat_to_the_bit() -> None:
+    made = tensors(300, 40, 24, 32, TRITON_DTYPES[-1], bias=True)
+    with in_triton():
+        first, second = everything(*made), everything(*made)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_triton
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 130))
+def test_column_sums_are_those_of_fp64(rows: int, columns: int) -> None:
+    a, b = draw(rows, columns, dtype=torch.float16), draw(rows, columns, dtype=torch.float16, seed=1)
+    with in_triton():
+        assert relative_error(column_sums(a, b), (a.double() * b.double()).sum(0)) < 1e-5
+
+
+@needs_triton
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 140), st.integers(1, 140), st.integers(1, 140), st.booleans(), st.booleans())
+def test_a_product_and_its_epilogues(rows: int, inner: int, columns: int, across: bool, biased: bool) -> None:
+    a, other = draw(rows, inner, dtype=torch.float32), draw(rows, columns, dtype=torch.float32, seed=2)
+    b = draw(columns, inner, dtype=torch.float32, seed=1).T if across else draw(inner, columns, dtype=torch.float32)
+    mask, bias = draw(columns, dtype=torch.float32), draw(columns, dtype=torch.float32, seed=4) if biased else None
+    with in_triton():
+        plain, masked, sums = product(a, b, Epilogue(mask=mask, other=other, bias=bias))
+    exact = a.double() @ b.double() + (0 if bias is None else bias.double())
+    assert plain is not None
+    assert masked is not None
+    assert sums is not None
+    assert relative_error(plain, exact) < 1e-5
+    assert relative_error(masked, exact * mask.double()) < 1e-5
+    assert relative_error(sums, (exact * other.double()).sum(0)) < 1e-4

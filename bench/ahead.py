@@ -1,0 +1,175 @@
+"""Compile kernels for chips that are not here, and read what the compiler made of them.
+
+    python -m bench.ahead masked lowrank
+
+prints one JSON line for every kernel of the cases in bench/compiled/masked.py and lowrank.py (of all files: no name).
+A case calls a launcher on meta tensors; each kernel that it would start is compiled, with the argument types and
+alignments of that very call, for every architecture of the case.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.kernels.backend import Launch, backend, recording
+
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have (CUDA programming guide, table of limits)
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8",
+    torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call whose kernels are compiled.
+
+    Args:
+        name: says shape, dtype and number of tokens.
+        call: a launcher on meta tensors.
+        contains: patterns that the PTX of one of the kernels at least must have, e.g. `mma.sync|wgmma`.
+        loads: bits that the widest global load of each kernel must have at least (asynchronous copies count).
+        archs: compute capabilities.
+        weights: weights that one thread handles in one round of the longest loop of the case's last kernel.
+        per_weight: so many instructions a weight that loop may have; None: not looked at.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    contains: tuple[str, ...] = ()
+    loads: int = 128
+    archs: tuple[int, ...] = (80, 89, 90)
+    weights: float = 0.0
+    per_weight: float | None = None
+
+
+def compiled(case: Case, arch: int) -> list[dict[str, Any]]:
+    """Resources and instructions of each distinct kernel of a case."""
+    with backend("triton"), recording() as launches:
+        case.call()
+    found: dict[str, dict[str, Any]] = {}
+    for launch in launches:
+        made = _compile(launch, arch)
+        key = launch.kernel.__name__ + made.asm["ptx"]
+        if key not in found:
+            found[key] = {"kernel": launch.kernel.__name__, **_read(made)}
+    return list(found.values())
+
+
+def _compile(launch: Launch, arch: int) -> Any:
+    """As the jit would: integers that are 1 become constants, and what 16 divides is marked."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for at, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        kind = "constexpr" if parameter.is_constexpr else _type(value)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(at,)] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {key: value for key, value in launch.options.items() if key != "launch_pdl"}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if value is None or (value == 1 and isinstance(value, int) and not isinstance(value, bool)):
+        return "constexpr"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _read(made: Any) -> dict[str, Any]:
+    """Registers, spills, shared memory, PTX and SASS."""
+    import triton.backends.nvidia as nvidia
+
+    tools = Path(nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        sass = _run(tools / "nvdisasm", "-c", cubin)
+    figures = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return figures | {"shared": int(made.metadata.shared), "ptx": made.asm["ptx"], "sass": sass}
+
+
+def _run(*command: Any) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def load_bits(ptx: str) -> int:
+    """Width of the widest global load or asynchronous copy."""
+    widths = [0]
+    for vector, bits in re.findall(r"ld\.global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.[bfus](\d+)", ptx):
+        widths.append(int(vector or 1) * int(bits))
+    widths += [8 * int(count, 0) for count in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n;]*?, (0x\w+|\d+)", ptx)]
+    return 128 if "cp.async.bulk" in ptx else max(widths)
+
+
+def longest_loop(sass: str) -> int:
+    """Instructions in the longest loop: between a label and the last branch back to it."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label.group(1)] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line) and ";" in line:
+            count += 1
+            back = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
+            if back and back.group(1) in labels:
+                longest = max(longest, count - labels[back.group(1)])
+    return longest
+
+
+def report(family: str) -> list[dict[str, Any]]:
+    """One row for each kernel of each case on each architecture, without the code itself."""
+    rows = []
+    for case in importlib.import_module(f"bench.compiled.{family}").CASES:
+        for arch in case.archs:
+            kernels = compiled(case, arch)
+            everything = "".join(kernel["ptx"] for kernel in kernels)
+            missing = [pattern for pattern in case.contains if not re.search(pattern, everything)]
+            for kernel in kernels:
+                ptx, sass = kernel.pop("ptx"), kernel.pop("sass")
+                figures = {"load_bits": load_bits(ptx), "loop": longest_loop(sass), "wanted_load_bits": case.loads}
+                spill = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+                row = {"family": family, "case": case.name, "arch": arch, **kernel, **figures, "spills": spill}
+                rows.append(row | {"missing": missing})
+            if case.per_weight is not None:
+                rows[-1] |= {"per_weight": rows[-1]["loop"] / case.weights, "budget": case.per_weight}
+    return rows
+
+
+def main(families: Sequence[str]) -> None:
+    """Print the rows of all families."""
+    for family in families:
+        for row in report(family):
+            print(json.dumps(row), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "families", nargs="*", default=[p.stem for p in sorted(Path(__file__).parent.glob("compiled/*.py"))]
+    )
+    main(parser.parse_args(sys.argv[1:]).families)

@@ -1,0 +1,48 @@
+"""The masked layer's products, forward and backward, with and without a rank that only the device knows."""
+
+from collections.abc import Callable
+
+import torch
+
+from bench.ahead import Case
+from rankwise.kernels.gemm import column_sums
+from rankwise.kernels.masked import masked_backward, masked_forward
+
+MMA = r"mma\.sync|wgmma"
+
+
+def both(dtype: torch.dtype, tokens: int, *, limited: bool, rank: int = 2048, wide: int = 4096) -> Callable[[], None]:
+    """Forward and backward of one layer."""
+
+    def call() -> None:
+        x, v, u = (torch.empty(s, dtype=dtype, device="meta") for s in ((tokens, wide), (rank, wide), (wide, rank)))
+        m, g = torch.empty(rank, device="meta"), torch.empty(tokens, wide, dtype=dtype, device="meta")
+        limit = torch.empty((), dtype=torch.int32, device="meta") if limited else None
+        bias = torch.empty(wide, dtype=dtype, device="meta") if limited else None
+        _, h = masked_forward._init_fn(x, v, m, u, bias, limit)
+        masked_backward._init_fn(g, h, v, m, u, limit)
+
+    return call
+
+
+def sums() -> None:
+    """The mask's gradient where the library does the products."""
+    tall = torch.empty(4096, 2048, dtype=torch.bfloat16, device="meta")
+    column_sums(tall, tall)
+
+
+CASES = [
+    Case("bf16, 4096 tokens", both(torch.bfloat16, 4096, limited=False), (MMA, r"cp\.async")),
+    Case("bf16, 4096 tokens, rank on the device", both(torch.bfloat16, 4096, limited=True), (MMA, r"cp\.async")),
+    Case("bf16, 64 tokens", both(torch.bfloat16, 64, limited=False), (MMA, r"cp\.async")),
+    Case(
+        "bf16, sizes that are no multiples",
+        both(torch.bfloat16, 4096, limited=True, rank=2056),
+        (MMA,),
+        loads=16,
+        archs=(90,),
+    ),
+    Case("fp16, 4096 tokens", both(torch.float16, 4096, limited=False), (MMA, r"cp\.async"), archs=(90,)),
+    Case("fp32, 4096 tokens", both(torch.float32, 4096, limited=True), (r"cp\.async",), archs=(80,)),
+    Case("column sums", sums),
+]

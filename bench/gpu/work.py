@@ -1,0 +1,67 @@
+"""What one line of the GPU suite measures: our call, its peers, the exact answer, and the least that must be moved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Calls on one set of random inputs.
+
+    Args:
+        ours: returns a tensor, or a tuple of tensors.
+        peers: name (with its version where it is a library) to a call that does the same work.
+        reference: the answer in fp64, as `ours` returns it; called once, not timed.
+        tolerance: of ‖y - reference‖ / ‖reference‖, for ours.
+    """
+
+    ours: Call
+    peers: dict[str, Call]
+    reference: Call
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a line is to reach.
+
+    Args:
+        figure: `microseconds`, `bandwidth` (share of the measured ceiling), `seconds`, or `speedup` over `peer`.
+        at: the bound; microseconds and seconds at most, the others at least.
+        peer: for `speedup`.
+    """
+
+    figure: str
+    at: float
+    peer: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the suite.
+
+    Args:
+        id: of the goal, e.g. `K1`.
+        name: shape, rank, dtype, tokens.
+        build: a contest on fresh random inputs on a device. It is called several times, so that the sets of inputs
+            taken in turn outgrow the L2 cache.
+        bytes: the least traffic of `ours`: each input read once, each output written once.
+        flops: multiply-adds count two.
+        goals: may be none.
+        cold: rotate over many sets of inputs; False for work that takes milliseconds.
+        graph: capture in a CUDA graph; False where the work synchronises.
+    """
+
+    id: str
+    name: str
+    build: Callable[[torch.device], Contest]
+    bytes: int
+    flops: int = 0
+    goals: tuple[Goal, ...] = field(default=())
+    cold: bool = True
+    graph: bool = True

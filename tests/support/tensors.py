@@ -1,0 +1,41 @@
+"""Random tensors on the device that tests run on, how far two are apart, and memory that is never zero by luck."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import pytest
+import torch
+
+from rankwise.kernels.backend import AVAILABLE, backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# The interpreter's bf16 products are wrong without a word, so bf16 runs in Triton on a GPU alone.
+TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+needs_triton = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed: no wheel for this platform")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers, the same ones for a shape and seed in every dtype."""
+    generator = torch.Generator().manual_seed(prod(shape) + len(shape) + 7919 * seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """`‖a - b‖ / ‖b‖` in fp64; NaN stays NaN, which no bound admits."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+
+
+@contextmanager
+def in_triton() -> Iterator[None]:
+    """Kernels run in Triton, and memory that nothing has written to yet is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with backend("triton"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
