@@ -3,9 +3,15 @@
 import torch
 from torch.nn.functional import linear
 
+from rankwise.kernels.pack import alignment, few_tokens, rows_of, table_of
+from rankwise.kernels.packed import packed
+
 
 def lowrank_linear(x: torch.Tensor, v: torch.Tensor, u: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Apply `W ≈ U V` without forming W.
+
+    In Triton one to 64 tokens go through the kernels of `packed.py`; more tokens, and whatever wants a gradient,
+    through two products of the library.
 
     Args:
         x: `[..., n]`, floating point.
@@ -16,4 +22,9 @@ def lowrank_linear(x: torch.Tensor, v: torch.Tensor, u: torch.Tensor, bias: torc
     Returns:
         `[..., m]`.
     """
-    return linear(linear(x, v), u, bias)
+    if not few_tokens(x, v, u):
+        return linear(linear(x, v), u, bias)
+    shapes = ((len(u), len(v), len(u)),)
+    factors = v.contiguous(), u.reshape(-1), table_of(shapes, x.device)
+    y = packed(rows_of(x), *factors, None, bias, None, len(u), alignment(shapes), False, None)
+    return y.reshape(*x.shape[:-1], len(u))

@@ -3,6 +3,9 @@
 import torch
 from torch.nn.functional import linear
 
+from rankwise.kernels.pack import alignment, few_tokens, rows_of, table_of
+from rankwise.kernels.packed import packed
+
 
 def pivot_linear(
     x: torch.Tensor,
@@ -12,6 +15,9 @@ def pivot_linear(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply `W ≈ Pᵀ [I; C] B` without forming W.
+
+    In Triton one to 64 tokens go through the kernels of `packed.py`, which put each output where it belongs as they
+    store it. A model that runs for long should `pack` its layers once instead: here the permutation is inverted anew.
 
     Args:
         x: `[..., n]`, floating point.
@@ -23,6 +29,12 @@ def pivot_linear(
     Returns:
         `[..., m]`.
     """
+    if few_tokens(x, basis, coeff):
+        shapes = ((len(index), len(basis), len(coeff)),)
+        place = torch.argsort(index.long()).to(torch.int32)
+        factors = basis.contiguous(), coeff.reshape(-1), table_of(shapes, x.device), place
+        out = packed(rows_of(x), *factors, bias, None, len(index), alignment(shapes), False, None)
+        return out.reshape(*x.shape[:-1], len(index))
     pivots = linear(x, basis)
     y = torch.cat([pivots, linear(pivots, coeff)], dim=-1).index_select(-1, index)
     return y if bias is None else y + bias
