@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench tables clean
+.PHONY: setup demo test lint bench tables gpu clean
 
 setup: .venv/ready
 
@@ -28,6 +28,11 @@ test: lint
 # Quality of every method at every ratio on one text, in one run; needs WikiText-2 raw as two files.
 bench: setup
 	$(BIN)/python bench/quality.py --train $(TRAIN) --test $(TEST)
+
+# Kernels on this machine's GPU, under ten minutes: correctness, benchmarks, summary. Needs no set-up of its own, only a
+# Python with CUDA's torch, triton, transformers, safetensors and pytest; OUT is a folder for the result file.
+gpu:
+	$(PYTHON) -m bench.gpu.suite $(if $(OUT),--out $(OUT)/gpu.jsonl)
 
 tables: setup
 	$(BIN)/python bench/tables.py

@@ -31,9 +31,10 @@ class Goal:
     """What a line is to reach.
 
     Args:
-        figure: `microseconds`, `bandwidth` (share of the measured ceiling), `seconds`, or `speedup` over `peer`.
-        at: the bound; microseconds and seconds at most, the others at least.
-        peer: for `speedup`.
+        figure: `microseconds`, `seconds`, `bandwidth` (share of the measured ceiling), `speedup` over `peer`, or
+            `memory`: what a call takes beside its inputs, as a multiple of what `peer` takes.
+        at: the bound: at least for speedup and bandwidth, at most for the others.
+        peer: how its name begins, for `speedup` and `memory`.
     """
 
     figure: str

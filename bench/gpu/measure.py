@@ -1,0 +1,124 @@
+"""How a contest is timed on a GPU: calls captured in CUDA graphs, on inputs that are not in the cache, in turn.
+
+Each competitor gets one graph with a call on every set of inputs; the graphs are replayed in turn, so that a change of
+clocks hits all of them alike. A time is that of a replay over its number of calls.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.gpu.work import Call, Contest, Work
+
+ROUNDS = 60
+SLOW = 0.01  # seconds; calls that take longer are timed fewer times
+LEAST_ROUNDS = 5
+FILL = 3  # times the L2 cache that all sets of inputs together outgrow
+MOST_SETS = 48
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the device reached in this run.
+
+    Args:
+        bandwidth: bytes a second, of a copy of 1 GiB; read and written bytes count.
+        flops: of an 8192³ product in bf16.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+def ceiling(device: torch.device) -> Ceiling:
+    """Measure both."""
+    source = torch.empty(2**29, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
+    copy = quantiles(_events([lambda: target.copy_(source)], 20)[0])["p50"]
+    multiply = quantiles(_events([lambda: a @ b], 20)[0])["p50"]
+    return Ceiling(2 * source.nbytes / copy, 2 * 8192**3 / multiply)
+
+
+def error(found: Any, exact: Any) -> float:
+    """The largest `‖y - y*‖ / ‖y*‖` among the tensors of an answer; NaN counts as infinite."""
+    pairs = zip(_tensors(found), _tensors(exact), strict=True)
+    errors = [float((y.double() - e.double()).norm() / e.double().norm().clamp_min(1e-300)) for y, e in pairs]
+    return max(math.inf if math.isnan(each) else each for each in errors)
+
+
+def time_work(work: Work, contests: Sequence[Contest]) -> dict[str, dict[str, float]]:
+    """Seconds a call, p20, p50 and p80, of ours and every peer.
+
+    Args:
+        work: what is timed.
+        contests: on different inputs, taken in turn.
+    """
+    calls = {"ours": [contest.ours for contest in contests]}
+    calls |= {name: [contest.peers[name] for contest in contests] for name in contests[0].peers}
+    for some in calls.values():
+        for call in (some[0], *some):  # compiles, and fills the caches of libraries
+            call()
+    torch.cuda.synchronize()
+    runs = [_captured(some) if work.graph else _each(some) for some in calls.values()]
+    probe = _events(runs, 1)
+    rounds = max(LEAST_ROUNDS, min(ROUNDS, int(ROUNDS * SLOW / max(SLOW / ROUNDS, sum(map(sum, probe))))))
+    times = _events(runs, rounds)
+    return {name: quantiles([t / len(contests) for t in each]) for name, each in zip(calls, times, strict=True)}
+
+
+def sets_for(work: Work, device: torch.device) -> int:
+    """How many sets of inputs outgrow the cache."""
+    if not work.cold:
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(MOST_SETS, math.ceil(FILL * cache / work.bytes)))
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    return dict(zip(("p20", "p50", "p80"), found.tolist(), strict=True))
+
+
+def _captured(calls: Sequence[Call]) -> Callable[[], Any]:
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # buffers that belong to a stream are made before the capture
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def _each(calls: Sequence[Call]) -> Callable[[], Any]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _events(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of each run in each round, by events on the stream; the runs take turns."""
+    for run in runs:
+        run()
+    marks = [[(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in runs] for _ in range(rounds)]
+    for round_ in marks:
+        for run, (start, end) in zip(runs, round_, strict=True):
+            start.record()
+            run()
+            end.record()
+    torch.cuda.synchronize()
+    return [[start.elapsed_time(end) / 1e3 for start, end in column] for column in zip(*marks, strict=True)]
+
+
+def _tensors(answer: Any) -> list[torch.Tensor]:
+    return [answer] if isinstance(answer, torch.Tensor) else list(answer)
