@@ -78,6 +78,11 @@ def require_reachable(choices: dict[str, Choices], target: float, total: int) ->
         raise RankwiseError("ratio", found, allowed)
 
 
+def cost_of(choices: dict[str, Choices], picked: dict[str, int]) -> int:
+    """Parameters of a selection."""
+    return sum(int(choices[name].cost[i]) for name, i in picked.items())
+
+
 def fill(choices: dict[str, Choices], picked: dict[str, int], target: float) -> dict[str, int]:
     """Spend what is left below `target` parameters on the steps that save the most loss per parameter.
 
@@ -88,7 +93,7 @@ def fill(choices: dict[str, Choices], picked: dict[str, int], target: float) -> 
         A new selection, no step of which could be followed by another that fits.
     """
     picked = dict(picked)
-    left = target - sum(int(choices[name].cost[i]) for name, i in picked.items())
+    left = target - cost_of(choices, picked)
     heap = [step for name, at in picked.items() if (step := _best_step(choices[name], at, left, name))]
     heapq.heapify(heap)
     while heap:
@@ -109,7 +114,7 @@ def tighten(choices: dict[str, Choices], picked: dict[str, int], target: float, 
     Of all moves of at most two layers that end within the tolerance, the one of least loss is made; a selection that
     is within already, or that no such move mends, is returned as it is.
     """
-    left = target - sum(int(choices[name].cost[i]) for name, i in picked.items())
+    left = target - cost_of(choices, picked)
     if left <= tolerance * target:
         return picked
     names, to, cost, loss = _moves(choices, picked)
@@ -140,7 +145,7 @@ def require_exact(
     choices: dict[str, Choices], picked: dict[str, int], target: float, total: int, tolerance: float
 ) -> None:
     """Raise a RankwiseError if the selection misses the target by more than `tolerance`, relative."""
-    used = sum(int(choices[name].cost[i]) for name, i in picked.items())
+    used = cost_of(choices, picked)
     if abs(used - target) > tolerance * target:
         raise RankwiseError(
             "ratio",

@@ -5,7 +5,6 @@ layers stay as they are. Every few steps the held-out divergence is measured; wh
 so a healing that does harm changes nothing.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.alloc.seeds import generator
 from rankwise.alloc.teacher import Teacher
+from rankwise.alloc.trainstate import StateFile
 from rankwise.config import check, check_count, check_seed
 from rankwise.errors import RankwiseError
-from rankwise.files import differing_keys, json_ready, open_tensors, write_tensors
 from rankwise.progress import Track, say, silent
 
 STATE = "heal.safetensors"
@@ -101,6 +101,11 @@ class _Masters:
         for name, live in self.live.items():
             live.copy_(values[name])
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a resumed healing needs beside the optimiser."""
+        full = {f"full.{name}": parameter for name, parameter in self.full.items()}
+        return full | {f"best.{name}": value for name, value in self.best.items()}
+
     def keep(self) -> None:
         self.best = {name: live.detach().clone() for name, live in self.live.items()}
 
@@ -141,7 +146,8 @@ def heal(
     last = range(len(windows) - held_out, len(windows))
     with _trainable(model, parameters), track("heal", config.steps) as advance:
         masters = _Masters(parameters, config.lr)
-        found = _load(folder / STATE, masters, identity)
+        state = StateFile(folder / STATE, identity, "heal")
+        found = _load(state, masters)
         if found.history is None:
             found.history = []
             _judge(found, model, teacher, windows, last, masters)
@@ -153,7 +159,7 @@ def heal(
             found.step += 1
             if found.step % config.check_every == 0 or found.step == config.steps:
                 _judge(found, model, teacher, windows, last, masters)
-                _save(folder / STATE, masters, found, identity)
+                state.save(masters.tensors(), masters.optimiser, masters.full, found.__dict__)
             advance()
             say(advance, f"divergence {loss:.3f}, held out {found.best:.3f} (from {found.before:.3f})")
         masters.put(masters.best)
@@ -191,7 +197,7 @@ def _step(
     device, total = next(model.parameters()).device, 0.0
     for position in range(step * config.batch, (step + 1) * config.batch):
         passes, at = divmod(position, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + passes))
+        order = torch.randperm(count, generator=generator(config.seed, passes))
         number = int(order[at])
         logits = model(input_ids=windows[number][None].to(device), use_cache=False).logits[0]
         loss = teacher.divergence(number, logits) / config.batch
@@ -218,31 +224,14 @@ def _judge(found: Healing, model: Any, teacher: Teacher, windows: torch.Tensor, 
         masters.keep()
 
 
-def _save(path: Path, masters: _Masters, found: Healing, identity: dict[str, Any]) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, full in masters.full.items():
-        tensors |= {f"full:{name}": full.detach().cpu(), f"best:{name}": masters.best[name].cpu()}
-        tensors |= {f"{key}:{name}": value.cpu() for key, value in masters.optimiser.state[full].items()}
-    identity = json.loads(json.dumps(json_ready(identity), default=str))
-    write_tensors(path, tensors, {"identity": json.dumps(identity), "found": json.dumps(json_ready(found.__dict__))})
-
-
-def _load(path: Path, masters: _Masters, identity: dict[str, Any]) -> Healing:
-    if not path.exists():
+def _load(state: StateFile, masters: _Masters) -> Healing:
+    found = state.load(masters.optimiser, masters.full)
+    if found is None:
         return Healing()
-    wanted = json.loads(json.dumps(json_ready(identity), default=str))
-    with open_tensors(path) as file:
-        metadata = file.metadata()
-        if different := differing_keys(json.loads(metadata["identity"]), wanted):
-            raise RankwiseError("heal", f"{path} was made with other {different}", "use a new folder, or --restart")
-        for name, full in masters.full.items():
-            full.data.copy_(file.get_tensor(f"full:{name}"))
-            masters.best[name] = file.get_tensor(f"best:{name}").to(full.device)
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}:{name}" in file.keys()]  # noqa: SIM118
-            for key in keys:
-                value = file.get_tensor(f"{key}:{name}")
-                masters.optimiser.state[full][key] = value if key == "step" else value.to(full.device)
+    tensors, known = found
+    for name, full in masters.full.items():
+        full.data.copy_(tensors[f"full.{name}"])
+        masters.best[name] = tensors[f"best.{name}"].to(full.device)
     masters.put(masters.full)
-    known = json.loads(metadata["found"])
     infinite = {key: math.inf for key in ("before", "best") if known[key] is None}  # JSON cannot say so
     return Healing(**(known | infinite))

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rankwise.alloc.budget import Choices
-from rankwise.alloc.rescale import cost_of
+from rankwise.alloc.budget import Choices, cost_of
 
 Spend = Callable[[dict[str, Choices], float], dict[str, int]]
 WHOLE = 0.99  # a layer that learnt to keep this share stays as it was (ARA, finalisation)

@@ -3,7 +3,7 @@
 The layers' modules and weights stay where they are; only their `forward` is replaced.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.masks import Drawn
+from rankwise.alloc.patches import Forward, forwards, move_buffers
 from rankwise.anatomy import block_linears, decoder_blocks, weight_of
 from rankwise.kernels import mask_probe, masked_matmul
-
-Forward = Callable[..., Any]
 
 
 class MaskedLayer:
@@ -142,38 +141,20 @@ def placed(model: nn.Module, device: torch.device, spared: Sequence[nn.Module]) 
         for parameter in model.parameters():
             if id(parameter) not in left:
                 parameter.data = parameter.data.to(device)
-        _move_buffers(model, device)
+        for module in model.modules():
+            move_buffers(module, device)
         yield
     finally:
         for parameter in model.parameters():
             parameter.data = parameter.data.to("cpu")
-        _move_buffers(model, torch.device("cpu"))
-
-
-@contextmanager
-def forwards(modules: Sequence[nn.Module], replacements: Sequence[Forward]) -> Iterator[None]:
-    """Replace the modules' forward methods while the context lasts."""
-    with ExitStack() as undo:
-        for module, forward in zip(modules, replacements, strict=True):
-            earlier = module.__dict__.get("forward")  # accelerate puts its hooks there
-            module.__dict__["forward"] = forward
-            if earlier is None:
-                undo.callback(module.__dict__.pop, "forward")
-            else:
-                undo.callback(module.__dict__.__setitem__, "forward", earlier)
-        yield
+        for module in model.modules():
+            move_buffers(module, torch.device("cpu"))
 
 
 def _masked(name: str, linear: nn.Module, size: int, calibration: Calibration, probe: bool) -> MaskedLayer:
     weight = weight_of(linear)
     u, v = (factor.to(calibration.device, weight.dtype) for factor in calibration.factors.load(name, size))
     return MaskedLayer(linear, u, v, probe=probe)
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
 
 
 def _checkpointed(forward: Forward) -> Forward:

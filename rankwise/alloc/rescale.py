@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from rankwise.alloc.budget import Choices
+from rankwise.alloc.budget import Choices, cost_of
 from rankwise.errors import RankwiseError
 
 HALVINGS = 60  # of the factor's range: as fine as a float
@@ -47,11 +47,6 @@ def proportional(choices: dict[str, Choices], shares: dict[str, float], target: 
 def within(entry: Choices, ratio: float) -> int:
     """Index of a layer's largest choice that keeps at most `ratio` of its parameters; its smallest if none does."""
     return max(0, int(np.searchsorted(entry.cost, ratio * entry.dense_cost, side="right")) - 1)
-
-
-def cost_of(choices: dict[str, Choices], picked: dict[str, int]) -> int:
-    """Parameters of a selection."""
-    return sum(int(choices[name].cost[i]) for name, i in picked.items())
 
 
 def _checked(choices: dict[str, Choices], shares: dict[str, float]) -> dict[str, float]:

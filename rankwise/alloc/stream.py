@@ -5,17 +5,17 @@ states (rotary angles, masks, positions) is recorded once from the model's own f
 architecture that passes hidden states from block to block works without special cases.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from rankwise.alloc.patches import Forward, forwards, move_buffers
 from rankwise.anatomy import decoder_blocks
 from rankwise.errors import RankwiseError
 
-Forward = Callable[..., Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -59,7 +59,7 @@ class BlockStream:
             caught.append(_hidden(args, kwargs)[0])
             raise _Stop
 
-        with _forwards(self.blocks[:1], [catch]), suppress(_Stop):
+        with forwards(self.blocks[:1], [catch]), suppress(_Stop):
             self._call(window)
         return caught[0].cpu()
 
@@ -84,7 +84,7 @@ class BlockStream:
         def inject(*args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self._as_tuple else hidden
 
-        with _forwards(self.blocks, [inject] * len(self.blocks)):
+        with forwards(self.blocks, [inject] * len(self.blocks)):
             return self._call(window).logits
 
     def _call(self, window: torch.Tensor) -> Any:
@@ -115,7 +115,7 @@ class BlockStream:
 
             return record
 
-        with _forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
+        with forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
             self._call(window)
         return calls
 
@@ -126,8 +126,7 @@ class BlockStream:
                 continue
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(device)
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+            move_buffers(module, device)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -147,17 +146,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
     return rest.pop("hidden_states"), (), rest
-
-
-@contextmanager
-def _forwards(blocks: Sequence[nn.Module] | nn.ModuleList, forwards: Sequence[Forward]) -> Iterator[None]:
-    """Replace the blocks' forward methods while the context lasts."""
-    with ExitStack() as undo:
-        for block, forward in zip(blocks, forwards, strict=True):
-            earlier = block.__dict__.get("forward")  # accelerate puts its hooks there
-            block.forward = forward
-            if earlier is None:
-                undo.callback(block.__dict__.pop, "forward")
-            else:
-                undo.callback(setattr, block, "forward", earlier)
-        yield

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rankwise.alloc.moments import MAGNITUDES, GradientSums, InputSums
+from rankwise.alloc.seeds import generator
 from rankwise.alloc.stream import BlockStream
 from rankwise.errors import RankwiseError
 from rankwise.files import read_tensors, write_tensors
@@ -105,8 +106,8 @@ def _head_gradients(stream: BlockStream, windows: torch.Tensor, curvature: Files
             raise RankwiseError(
                 "logits", "NaN or Inf", "check the norm and the head behind the blocks, or try --dtype fp32"
             )
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        odds = logits.detach().softmax(-1).cpu()
+        labels = torch.multinomial(odds, 1, generator=generator(seed, number))[:, 0]
         loss = cross_entropy(logits, labels.to(stream.device), reduction="sum")
         grads.append(_gradient(loss, leaf, None, "the head"))
     return torch.stack(grads)

@@ -4,7 +4,6 @@ Every step is a function of what was learnt before it, the seed and its number: 
 draws. So a run that was killed and continued learns the same to the last bit.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +14,18 @@ import torch
 
 from rankwise.alloc.bank import Bank
 from rankwise.alloc.calibration import Calibration
+from rankwise.alloc.curvature import hash_windows
 from rankwise.alloc.curve import Ledger
 from rankwise.alloc.hypernet import HyperNet
 from rankwise.alloc.masks import Drawn
 from rankwise.alloc.overlay import Overlay, overlaid
+from rankwise.alloc.seeds import generator
 from rankwise.alloc.trainstate import Progress, TrainState
 from rankwise.errors import RankwiseError
 from rankwise.progress import say
 
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 FP16_SCALE = 1024.0  # of the loss, so that small gradients survive half precision
-PRIME = 1_000_003  # keeps the seeds of neighbouring trainings' steps apart
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ def train(
     """
     bank.to(calibration.device)
     pieces = _pieces(calibration.windows, recipe.train_len)
-    text = hashlib.sha256(pieces.numpy().tobytes()).hexdigest()[:16]
-    known = {**identity, "recipe": asdict(recipe), "text": text, "seed": calibration.seed}
+    known = {**identity, "recipe": asdict(recipe), "text": hash_windows(pieces), "seed": calibration.seed}
     state = TrainState(calibration.folder, known)
     optimiser = OPTIMISERS[recipe.optimiser](bank.parameters(), lr=recipe.lr, weight_decay=0.0)
     progress = state.load(bank, optimiser)
@@ -173,7 +172,7 @@ class _Loop:
         """Gradients of the mask parameters; returns the ratio and every term of the loss."""
         ids = self._batch(number).to(overlay.device)
         teacher = self._teacher(overlay, ids)
-        drawn = self.bank.draw(_noise(self.calibration.seed, number))
+        drawn = self.bank.draw(generator(self.calibration.seed, number))
         shares = {name: self.ledger.curves[name].share(entry.rank) for name, entry in drawn.items()}
         with _drawn(overlay, drawn):
             logits, taps = overlay.run(ids, taps=self.recipe.taps)
@@ -208,7 +207,7 @@ class _Loop:
         return torch.stack([self.pieces[self._order(passes)[at]] for passes, at in places])
 
     def _order(self, passes: int) -> torch.Tensor:
-        return torch.randperm(len(self.pieces), generator=_noise(self.calibration.seed, -passes - 1))
+        return torch.randperm(len(self.pieces), generator=generator(self.calibration.seed, -passes - 1))
 
 
 @contextmanager
@@ -218,11 +217,6 @@ def _drawn(overlay: Overlay, drawn: dict[str, Drawn]) -> Iterator[None]:
         yield
     finally:
         overlay.set(None)
-
-
-def _noise(seed: int, number: int) -> torch.Generator:
-    """A generator of its own for every step, and for every pass through the text (negative numbers)."""
-    return torch.Generator().manual_seed((seed * PRIME + number) % 2**63)
 
 
 def _pieces(windows: torch.Tensor, length: int) -> torch.Tensor:

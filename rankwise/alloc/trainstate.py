@@ -1,6 +1,7 @@
 """What a training leaves in its folder: its state, written atomically, and a log of its steps."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,58 @@ class Progress:
     finished: bool = False
 
 
+class StateFile:
+    """Tensors, an optimiser and how far it all is, in one safetensors file that is whole after every save.
+
+    Args:
+        path: its folder is made if missing.
+        identity: what the state belongs to; another one's is not continued.
+        what: the field that an error names.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], what: str) -> None:
+        self.path, self.what = path, what
+        self.identity = json.loads(json.dumps(json_ready(identity), default=str))
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        optimiser: torch.optim.Optimizer,
+        trained: Mapping[str, nn.Parameter],
+        progress: dict[str, Any],
+    ) -> None:
+        """Write it all; `trained` gives the optimiser's parameters their names."""
+        moments = {f"optimiser.{key}.{name}": v for name, p in trained.items() for key, v in optimiser.state[p].items()}
+        everything = {name: tensor.detach().cpu() for name, tensor in (dict(tensors) | moments).items()}
+        metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(json_ready(progress))}
+        write_tensors(self.path, everything, metadata)
+
+    def load(
+        self, optimiser: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The optimiser as it was, and the tensors and progress; None where nothing was saved.
+
+        Raises:
+            RankwiseError: the file belongs to something else.
+        """
+        if not self.path.exists():
+            return None
+        with open_tensors(self.path) as file:
+            metadata = file.metadata()
+            if different := differing_keys(json.loads(metadata["identity"]), self.identity):
+                allowed = "use a new folder, or --restart"
+                raise RankwiseError(self.what, f"{self.path} was made with other {different}", allowed)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name in [name for name in tensors if name.startswith("optimiser.")]:
+            _, key, of = name.split(".", 2)
+            value = tensors.pop(name)
+            optimiser.state[trained[of]][key] = value if key == "step" else value.to(trained[of])
+        return tensors, json.loads(metadata["progress"])
+
+
 class TrainState:
-    """The folder's files; everything drawn at random follows from seed and step, so no generator is stored.
+    """A mask training's files; everything drawn at random follows from seed and step, so no generator is stored.
 
     Args:
         folder: made if missing.
@@ -38,16 +89,12 @@ class TrainState:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, json.loads(json.dumps(json_ready(identity), default=str))
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.file = folder, StateFile(folder / STATE, identity, "training")
 
     def save(self, bank: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
         """Write parameters, buffers, optimiser and progress as one file."""
-        tensors = {f"mask.{name}": tensor for name, tensor in bank.state_dict().items()}
-        for index, parameter in enumerate(bank.parameters()):
-            tensors |= {f"optimiser.{index}.{key}": value for key, value in optimiser.state[parameter].items()}
-        metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress.__dict__)}
-        write_tensors(self.folder / STATE, tensors, metadata)
+        masks = {f"mask.{name}": tensor for name, tensor in bank.state_dict().items()}
+        self.file.save(masks, optimiser, dict(bank.named_parameters()), progress.__dict__)
 
     def load(self, bank: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
         """Continue where the last save was, if there is one.
@@ -55,22 +102,10 @@ class TrainState:
         Raises:
             RankwiseError: the folder holds another training.
         """
-        path = self.folder / STATE
-        if not path.exists():
-            self._cut_log(0)
-            return Progress()
-        with open_tensors(path) as file:
-            metadata = file.metadata()
-            if different := differing_keys(json.loads(metadata["identity"]), self.identity):
-                raise RankwiseError("training", f"{path} was made with other {different}", "use a new folder")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        bank.load_state_dict({n.removeprefix("mask."): t for n, t in tensors.items() if n.startswith("mask.")})
-        for index, parameter in enumerate(bank.parameters()):
-            start = f"optimiser.{index}."
-            state = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            if state:
-                optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter) for k, t in state.items()}
-        progress = Progress(**json.loads(metadata["progress"]))
+        found = self.file.load(optimiser, dict(bank.named_parameters()))
+        progress = Progress() if found is None else Progress(**found[1])
+        if found is not None:
+            bank.load_state_dict({name.removeprefix("mask."): tensor for name, tensor in found[0].items()})
         self._cut_log(progress.step)
         return progress
 

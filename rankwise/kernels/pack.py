@@ -10,8 +10,9 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from rankwise.errors import RankwiseError
 from rankwise.kernels.backend import use_triton
+from rankwise.kernels.expand import FIELDS, TILE
 from rankwise.kernels.members import Member, Pivot
-from rankwise.kernels.packed import FIELDS, MOST_TOKENS, TILE, packed
+from rankwise.kernels.packed import MOST_TOKENS, packed
 
 ALIGN = 8  # elements; 16 bytes in 16-bit dtypes
 

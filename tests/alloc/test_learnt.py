@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from rankwise.alloc.budget import Choices, layer_choices
+from rankwise.alloc.budget import Choices, cost_of, layer_choices
 from rankwise.alloc.learnt import Ordered, Spend, learnt_choices, settle
 from rankwise.alloc.methods import Global
-from rankwise.alloc.rescale import cost_of, proportional
+from rankwise.alloc.rescale import proportional
 from rankwise.plan import KINDS
 
 SHAPES = {"a": (64, 64), "b": (48, 80), "c": (80, 48), "d": (64, 64)}

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.alloc.budget import Choices, layer_choices
-from rankwise.alloc.rescale import cost_of, level, proportional, within
+from rankwise.alloc.budget import Choices, cost_of, layer_choices
+from rankwise.alloc.rescale import level, proportional, within
 from rankwise.errors import RankwiseError
 from rankwise.plan import KINDS
 

@@ -14,9 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from rankwise.errors import RankwiseError
 from rankwise.kernels import Dense, LowRank, Pivot, lowrank_linear, pack, packed_linear, pivot_linear
 from rankwise.kernels.backend import backend
+from rankwise.kernels.expand import TILE
 from rankwise.kernels.members import Member
 from rankwise.kernels.pack import table_of
-from rankwise.kernels.packed import TILE, packed
+from rankwise.kernels.packed import packed
 
 N = 300  # more than one split of the reduction, and no multiple of anything
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from rankwise.alloc.budget import Choices, fill
+from rankwise.alloc.budget import Choices, cost_of, fill
 from rankwise.alloc.methods.base import Method, Scores
 
 STEPS = 200  # halvings of the multiplier's range; far beyond what fp64 can tell apart
@@ -26,7 +26,7 @@ class Global(Method):
         low, high = -80.0, 80.0  # log λ: all that may be dense, all as small as may be
         for _ in range(STEPS):
             middle = (low + high) / 2
-            if _cost(choices, _minimise(choices, np.exp(middle))) <= target:
+            if cost_of(choices, _minimise(choices, np.exp(middle))) <= target:
                 high = middle
             else:
                 low = middle
@@ -35,7 +35,3 @@ class Global(Method):
 
 def _minimise(choices: dict[str, Choices], multiplier: float) -> dict[str, int]:
     return {name: int(np.argmin(entry.loss + multiplier * entry.cost)) for name, entry in choices.items()}
-
-
-def _cost(choices: dict[str, Choices], picked: dict[str, int]) -> int:
-    return sum(int(choices[name].cost[i]) for name, i in picked.items())

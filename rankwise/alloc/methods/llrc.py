@@ -7,14 +7,13 @@ import numpy as np
 import torch
 
 from rankwise.alloc.bank import Bank
-from rankwise.alloc.budget import Choices, fill
+from rankwise.alloc.budget import Choices, cost_of, fill
 from rankwise.alloc.curve import Curve, at_most_one
 from rankwise.alloc.gumbel import GumbelSigmoid, keep_probability
 from rankwise.alloc.hypernet import HyperNet
 from rankwise.alloc.learnt import Ordered
 from rankwise.alloc.methods.trained import Task, Trained, check_positive
 from rankwise.alloc.objectives import distillation_loss, oscillating, total_variation
-from rankwise.alloc.rescale import cost_of
 from rankwise.alloc.train import Objective, Recipe, Step
 from rankwise.config import check, check_count, check_fraction
 

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from rankwise.alloc.budget import Choices
+from rankwise.alloc.budget import Choices, cost_of
 from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.methods.base import NEVER_SEEN, Method, Scores
 from rankwise.alloc.probes import measure_probes
-from rankwise.alloc.rescale import cost_of, proportional, within
+from rankwise.alloc.rescale import proportional, within
 from rankwise.config import check, check_count, check_fraction
 
 Step = tuple[str, int, float]  # a layer, the index of a choice, the loss of the model with that one change
