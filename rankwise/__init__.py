@@ -17,6 +17,9 @@ _HOME = {
     "RankwiseError": "rankwise.errors",
     "LayerSpec": "rankwise.plan",
     "RankPlan": "rankwise.plan",
+    "LLM": "rankwise.engine.runtime.llm",
+    "SamplingParams": "rankwise.engine.runtime.params",
+    "Completion": "rankwise.engine.runtime.params",
     "Ara": "rankwise.alloc.methods.ara",
     "Ars": "rankwise.alloc.methods.ars",
     "Asvd": "rankwise.alloc.methods.asvd",
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     from rankwise.config import CompressConfig as CompressConfig
     from rankwise.config import TextConfig as TextConfig
     from rankwise.engine.checkpoint import save as save
+    from rankwise.engine.runtime.llm import LLM as LLM
+    from rankwise.engine.runtime.params import Completion as Completion
+    from rankwise.engine.runtime.params import SamplingParams as SamplingParams
     from rankwise.errors import RankwiseError as RankwiseError
     from rankwise.evaluate import perplexity as perplexity
     from rankwise.pipeline import allocate as allocate

@@ -177,6 +177,9 @@ def packed_reference(
     """`packed_linear` in PyTorch, by the library's products; what prefill runs on every device."""
     if eps is not None:
         x = rms_norm(x, x.shape[-1:], eps=eps)
+    if not group.second.numel():  # all dense: one product is all
+        y = linear(x, group.first, group.bias)
+        return _finish(y, residual, swiglu=swiglu)
     z = linear(x, group.first)
     parts, component, offset = [], 0, 0
     for outputs, rank, rows in group.shapes:
@@ -189,6 +192,10 @@ def packed_reference(
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     y = y if group.index is None else y.index_select(-1, group.index)
     y = y if group.bias is None else y + group.bias
+    return _finish(y, residual, swiglu=swiglu)
+
+
+def _finish(y: torch.Tensor, residual: torch.Tensor | None, *, swiglu: bool) -> torch.Tensor:
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
         y = silu(gate) * up

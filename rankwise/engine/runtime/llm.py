@@ -1,0 +1,170 @@
+"""`rankwise.LLM`: a model, dense or compressed, that generates text for many prompts at once."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from typing import Any
+
+from rankwise.engine.runtime.engine import Engine, EngineConfig
+from rankwise.engine.runtime.loader import convert
+from rankwise.engine.runtime.memory import MemoryPlan, plan_memory
+from rankwise.engine.runtime.params import Completion, SamplingParams
+from rankwise.engine.runtime.sequence import Sequence
+from rankwise.engine.runtime.text import TextStream
+from rankwise.errors import RankwiseError
+from rankwise.progress import Track, silent
+from rankwise.zoo import load_model
+
+Prompt = str | Many[int]
+
+
+class LLM:
+    """Text in, text out, over the engine.
+
+    Args:
+        model: a hub id, a folder (dense or compressed), a `.gguf` file or `embedded:smollm2-135m`.
+        dtype: `auto`, `bf16`, `fp16` or `fp32`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        max_model_len: tokens of a sequence, its output included; None: what the model was made for, at most 8192.
+        kv_tokens: tokens that the KV cache holds; None: what memory allows.
+        max_sequences: that run at once.
+        max_batched_tokens: of one step; longer prompts come in chunks.
+        block_size: tokens a block of the cache.
+        prefix_caching: prompts that begin alike share their keys and values.
+
+    Raises:
+        RankwiseError: nothing loadable there, an architecture that the runtime does not cover, or too little memory.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        kv_tokens: int | None = None,
+        max_sequences: int = 64,
+        max_batched_tokens: int = 1024,
+        block_size: int = 16,
+        prefix_caching: bool = True,
+    ) -> None:
+        loaded, self.tokenizer = load_model(model, dtype, device)
+        longest = loaded.config.max_position_embeddings
+        length = min(longest, 8192) if max_model_len is None else max_model_len
+        if not 1 < length <= longest:
+            raise RankwiseError("max_model_len", length, f"allowed: 2 to {longest}")
+        eos = loaded.generation_config.eos_token_id
+        decoder = convert(loaded, length)
+        del loaded
+        self.plan: MemoryPlan = plan_memory(decoder, block_size, kv_tokens, max_sequences * length)
+        config = EngineConfig(
+            blocks=self.plan.blocks,
+            block_size=block_size,
+            most_sequences=max_sequences,
+            most_tokens=max_batched_tokens,
+            most_length=length,
+            share=prefix_caching,
+        )
+        self.engine = Engine(decoder, config, [eos] if isinstance(eos, int) else eos or ())
+
+    def generate(
+        self,
+        prompts: Prompt | Many[Prompt],
+        params: SamplingParams | Many[SamplingParams] | None = None,
+        *,
+        track: Track = silent,
+    ) -> list[Completion]:
+        """Complete prompts, together.
+
+        Args:
+            prompts: texts or lists of token ids; one, or many.
+            params: for all of them, or one for each; the defaults of `SamplingParams` if None.
+            track: progress.
+
+        Raises:
+            RankwiseError: a prompt is empty or too long (then none is run), or there are not as many params as prompts.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: list[Any] = [prompts] if single else list(prompts)
+        alike = params is None or isinstance(params, SamplingParams)
+        each: list[Any] = [params or SamplingParams()] * len(many) if alike else list(params)  # type: ignore[arg-type]
+        if len(each) != len(many):
+            raise RankwiseError("params", len(each), f"one, or {len(many)} as there are prompts")
+        streams = self._add(many, each)
+        with track("requests", len(many)) as advance:
+            for _ in self._steps(streams):
+                advance()
+        return [self.completion(sequence, stream) for sequence, stream in streams.items()]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Pieces of one output as they come; closing the iterator early cancels the request."""
+        [(sequence, text)] = self._add([prompt], [params or SamplingParams()]).items()
+        try:
+            while not sequence.finish_reason:
+                for grown in self.engine.step():
+                    if grown is sequence and (piece := self._push(sequence, text)):
+                        yield piece
+            if piece := text.finish():
+                yield piece
+        finally:
+            self.engine.cancel(sequence)
+
+    def chat(self, messages: Many[dict[str, str]]) -> list[int]:
+        """The prompt of a conversation by the tokenizer's chat template, as ids.
+
+        Raises:
+            RankwiseError: the tokenizer has no template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RankwiseError("messages", "no chat template", "this model's tokenizer has none: use a prompt")
+        ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return [int(token) for token in ids]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt; ids are taken as they are."""
+        return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else [int(token) for token in prompt]
+
+    def completion(self, sequence: Sequence, text: TextStream) -> Completion:
+        """What a finished request came to."""
+        text.finish()
+        return Completion(
+            prompt_tokens=sequence.prompt,
+            tokens=sequence.output,
+            text=text.text,
+            finish_reason=sequence.finish_reason,
+            logprobs=sequence.logprobs if sequence.params.logprobs is not None else None,
+            cached_tokens=sequence.cached,
+        )
+
+    def _add(self, prompts: Many[Prompt], params: Many[SamplingParams]) -> dict[Sequence, TextStream]:
+        added: dict[Sequence, TextStream] = {}
+        try:
+            for prompt, each in zip(prompts, params, strict=True):
+                added[self.engine.add(self.encode(prompt), each)] = TextStream(self.tokenizer, each.stop)
+        except BaseException:
+            for sequence in added:
+                self.engine.cancel(sequence)
+            raise
+        return added
+
+    def _steps(self, streams: dict[Sequence, TextStream]) -> Iterator[Sequence]:
+        """Run until all are finished; each sequence once, when it is."""
+        left = set(streams)
+        try:
+            while left:
+                for sequence in self.engine.step():
+                    if sequence in streams:
+                        self._push(sequence, streams[sequence])
+                for sequence in [s for s in left if s.finish_reason]:
+                    left.remove(sequence)
+                    yield sequence
+        finally:
+            for sequence in left:
+                self.engine.cancel(sequence)
+
+    def _push(self, sequence: Sequence, text: TextStream) -> str:
+        piece = text.push(sequence.output[-1])
+        if text.stopped:
+            self.engine.finish(sequence, "stop")
+            sequence.finish_reason = "stop"
+        return piece

@@ -1,0 +1,137 @@
+"""From a transformers model, dense or compressed, to our decoder; block by block, so that weights are there once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.engine.layers import LowRankLinear, PivotLinear
+from rankwise.engine.runtime.decoder import Block, Decoder, Rotary, Shape
+from rankwise.errors import RankwiseError
+from rankwise.kernels import Dense, LowRank, Packed, Pivot, pack
+from rankwise.kernels.members import Member
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length so far
+ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
+
+
+def is_supported(config: Any) -> bool:
+    """Whether the runtime has a decoder of its own for a model."""
+    return getattr(config, "model_type", "") in FAMILIES
+
+
+def convert(model: Any, most_positions: int) -> Decoder:
+    """Take a model's weights; its blocks are empty afterwards.
+
+    Args:
+        model: a causal language model of transformers, on its device.
+        most_positions: for so many the angles are worked out.
+
+    Raises:
+        RankwiseError: another family, or an activation or rotary scaling that is not covered.
+    """
+    if not is_supported(model.config):
+        raise RankwiseError("model_type", model.config.model_type, f"allowed: {', '.join(FAMILIES)}")
+    config, inner = model.config, model.model
+    angles = _angles(inner, most_positions)
+    blocks = []
+    for index, layer in enumerate(inner.layers):
+        kind = getattr(layer.self_attn, "layer_type", None) or _layer_type(config, index)
+        blocks.append(_block(layer, angles.get(kind, angles[""]), _window(config, kind)))
+        _empty(layer)
+    embed, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
+    return Decoder(_shape(config, inner), embed, tuple(blocks), inner.norm.weight.data, head)
+
+
+def _shape(config: Any, inner: Any) -> Shape:
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    if name not in ACTIVATIONS:
+        raise RankwiseError("activation", name, f"allowed: {', '.join(ACTIVATIONS)}")
+    gemma = config.model_type == "gemma3_text"
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=dim,
+        eps=config.rms_norm_eps,
+        offset=gemma,
+        scale=config.query_pre_attn_scalar**-0.5 if gemma else None,
+        softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        gelu=ACTIVATIONS[name],
+        embed_scale=config.hidden_size**0.5 if gemma else 1.0,
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+
+
+def _block(layer: Any, rotary: Rotary, window: int | None) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    gemma = hasattr(layer, "pre_feedforward_layernorm")
+    return Block(
+        qkv=packed([attention.q_proj, attention.k_proj, attention.v_proj]),
+        o=packed([attention.o_proj]),
+        gate_up=packed([mlp.gate_proj, mlp.up_proj]),
+        down=packed([mlp.down_proj]),
+        norm_in=layer.input_layernorm.weight.data,
+        norm_mlp=(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm).weight.data,
+        rotary=rotary,
+        window=window,
+        norm_q=None if q_norm is None else q_norm.weight.data,
+        norm_k=None if k_norm is None else k_norm.weight.data,
+        norm_attention=layer.post_attention_layernorm.weight.data if gemma else None,
+        norm_out=layer.post_feedforward_layernorm.weight.data if gemma else None,
+    )
+
+
+def packed(modules: Sequence[nn.Module]) -> Packed:
+    """Linear modules of any kind as one group."""
+    biases = [module.bias.data if isinstance(module.bias, torch.Tensor) else None for module in modules]
+    return pack([_member(module) for module in modules], biases)
+
+
+def _member(module: nn.Module) -> Member:
+    if isinstance(module, LowRankLinear):
+        return LowRank(module.lowrank_v.data, module.lowrank_u.data)
+    if isinstance(module, PivotLinear):
+        return Pivot(module.pivot_index, module.pivot_basis.data, module.pivot_coeff.data)
+    assert isinstance(module, nn.Linear)
+    return Dense(module.weight.data)
+
+
+def _empty(layer: nn.Module) -> None:
+    """Let go of the linear layers' own tensors, which were copied; norms are shared."""
+    for module in layer.modules():
+        if isinstance(module, nn.Linear | LowRankLinear | PivotLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.new_empty(0)
+
+
+def _angles(inner: Any, count: int) -> dict[str, Rotary]:
+    """Cosines and sines by the model's own rotary embedding, per layer type where it has several."""
+    rotary, device = inner.rotary_emb, inner.norm.weight.device
+    kinds = getattr(rotary, "layer_types", None) or [None]
+    positions, like = torch.arange(count, device=device)[None], torch.zeros(1, device=device)
+    found: dict[str, Rotary] = {}
+    for kind in set(kinds):
+        name = rotary.rope_type[kind] if kind else rotary.rope_type
+        if name not in ROPES:
+            raise RankwiseError("rope_type", name, f"allowed: {', '.join(ROPES)}")
+        cos, sin = rotary(like, positions, **({"layer_type": kind} if kind else {}))
+        half = cos.shape[-1] // 2  # transformers says each angle twice
+        found[kind or ""] = Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+    found.setdefault("", next(iter(found.values())))
+    return found
+
+
+def _layer_type(config: Any, index: int) -> str:
+    types = getattr(config, "layer_types", None)
+    if types:
+        return str(types[index])
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return "sliding_attention" if sliding else "full_attention"
+
+
+def _window(config: Any, kind: str) -> int | None:
+    return config.sliding_window if kind == "sliding_attention" else None

@@ -1,0 +1,75 @@
+"""How large the KV cache may be: planned once, from what is free."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rankwise.engine.runtime.decoder import Decoder
+from rankwise.errors import RankwiseError
+
+SHARE = 0.9  # of what a GPU has free
+HOST_SHARE = 0.5  # of what host memory has free: other programs live there too
+MOST_HOST = 4 << 30  # bytes; a cache that nobody fills is no use
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the cache will take.
+
+    Args:
+        blocks: of the cache.
+        block_size: tokens a block.
+        block_bytes: of one block over all layers.
+        free: bytes that were free.
+    """
+
+    blocks: int
+    block_size: int
+    block_bytes: int
+    free: int
+
+    @property
+    def tokens(self) -> int:
+        """That fit."""
+        return self.blocks * self.block_size
+
+    def __str__(self) -> str:
+        size, free = self.blocks * self.block_bytes / 2**30, self.free / 2**30
+        return f"KV cache: {self.tokens} tokens in {self.blocks} blocks, {size:.2f} GiB of {free:.2f} GiB free"
+
+
+def plan_memory(decoder: Decoder, block_size: int, tokens: int | None, wanted: int) -> MemoryPlan:
+    """Blocks for the cache.
+
+    Args:
+        decoder: loaded, on its device.
+        block_size: tokens a block.
+        tokens: that the user asks for; None: as many as there is room for, and `wanted` at most.
+        wanted: tokens beyond which more would be of no use: all sequences at full length.
+
+    Raises:
+        RankwiseError: not even one sequence of one block fits, or what the user asks for does not.
+    """
+    shape, like = decoder.shape, decoder.embed
+    block_bytes = 2 * len(decoder.blocks) * block_size * shape.kv_heads * shape.head_dim * like.element_size()
+    free = free_bytes(like.device)
+    room = int(free * SHARE) if like.device.type == "cuda" else min(int(free * HOST_SHARE), MOST_HOST)
+    fits = room // block_bytes
+    asked = -(-(tokens or wanted) // block_size)
+    if fits < 1 or (tokens and asked > fits):
+        raise RankwiseError("kv_tokens", tokens or block_size, f"allowed: up to {fits * block_size} (memory is full)")
+    return MemoryPlan(min(asked, fits), block_size, block_bytes, free)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU, or of host memory within this container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        return free if limit.strip() == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
