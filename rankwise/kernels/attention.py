@@ -6,6 +6,7 @@ query heads that share a key head are packed into the rows of one product, so ke
 """
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from rankwise.errors import RankwiseError
 from rankwise.kernels.backend import cdiv, launch, power_of_two, sm_count, tl, triton, use_triton
@@ -168,13 +169,44 @@ def decode_attention_reference(
     window: int = 0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """`decode_attention` in plain PyTorch, one sequence at a time; consecutive blocks are read where they lie."""
+    """`decode_attention` in plain PyTorch: all sequences at once where that wastes little, else one by one."""
+    lengths = context_lens.tolist()
+    longest = max(lengths, default=0)
+    alike = longest * len(lengths) <= 2 * sum(lengths) and (not window or longest <= 2 * window)
+    if len(lengths) > 1 and alike and not softcap:
+        return _together(q, k_cache, v_cache, block_table, context_lens, longest, scale, window)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     kv_heads = k_cache.shape[2]
-    for row, length in enumerate(context_lens.tolist()):
+    for row, length in enumerate(lengths):
         if length > 0:
             first = max(0, length - window) if window else 0
             k, v = (gather_pages(cache, block_table[row], first, length) for cache in (k_cache, v_cache))
             y = attend(q[row].unflatten(0, (kv_heads, -1)), k, v, None, scale, softcap)
             out[row] = y.flatten(0, 1)
     return out
+
+
+def _together(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """One product for all; past its end a sequence's own last key stands in, and is not seen."""
+    size, kv_heads, lengths = k_cache.shape[1], k_cache.shape[2], context_lens[:, None]
+    key = torch.arange(longest, device=q.device)
+    at = torch.minimum(key, (lengths - 1).clamp_min(0)).long()
+    slots = (block_table.gather(1, at // size) * size + at % size).flatten()
+    k, v = (
+        cache.flatten(0, 1).index_select(0, slots).unflatten(0, at.shape).transpose(1, 2)
+        for cache in (k_cache, v_cache)
+    )
+    visible = (key < lengths) & (key >= lengths - window) if window else key < lengths
+    y = scaled_dot_product_attention(
+        q.unflatten(1, (kv_heads, -1)), k, v, attn_mask=visible[:, None, None], scale=scale
+    )
+    return y.flatten(1, 2).masked_fill(lengths[:, :, None] == 0, 0)

@@ -1,16 +1,17 @@
 """Groups of linear layers that share an input, laid out for `packed.py`: stacked first factors, a table of tiles."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 import torch
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 
 from rankwise.errors import RankwiseError
 from rankwise.kernels.backend import use_triton
 from rankwise.kernels.expand import FIELDS, TILE
+from rankwise.kernels.host import host_linear, prepare
 from rankwise.kernels.members import Member, Pivot
 from rankwise.kernels.packed import MOST_TOKENS, packed
 
@@ -24,6 +25,7 @@ class Packed:
     Args:
         first: `[R, n]`, the members' first factors, one below the other.
         second: flat, the members' second factors, one after another.
+        seconds: the same, each as a matrix, without those that have no rows.
         table: int32 `[tiles, FIELDS]`, see `table_of`.
         place: int32 `[Σ m]` output of each row of the tiles, or None where that is their order.
         index: its inverse.
@@ -33,6 +35,7 @@ class Packed:
 
     first: torch.Tensor
     second: torch.Tensor
+    seconds: tuple[torch.Tensor, ...]
     table: torch.Tensor
     place: torch.Tensor | None
     index: torch.Tensor | None
@@ -60,9 +63,9 @@ def pack(members: Sequence[Member], biases: Sequence[torch.Tensor | None] | None
     Raises:
         RankwiseError: the members do not share n, dtype and device.
     """
-    parts = {(m.first.shape[1], m.first.dtype, m.first.device) for m in members}
-    if len(parts) != 1:
-        raise RankwiseError("members", sorted(map(str, parts)), "layers with one input size, dtype and device")
+    inputs = {(m.first.shape[1], m.first.dtype, m.first.device) for m in members}
+    if len(inputs) != 1:
+        raise RankwiseError("members", sorted(map(str, inputs)), "layers with one input size, dtype and device")
     shapes = tuple((m.outputs, len(m.first), len(m.second)) for m in members)
     device = members[0].first.device
     place = index = bias = None
@@ -75,7 +78,16 @@ def pack(members: Sequence[Member], biases: Sequence[torch.Tensor | None] | None
         bias = torch.cat([zero if b is None else b for b, zero in zip(biases, zeros, strict=True)])
     first = torch.cat([member.first for member in members])
     second = torch.cat([member.second.reshape(-1) for member in members])
-    return Packed(first, second, table_of(shapes, device), place, index, bias, shapes)
+    sizes = [rank * rows for _, rank, rows in shapes]
+    parts = [flat.view(rows, rank) for flat, (_, rank, rows) in zip(second.split(sizes), shapes, strict=True) if rows]
+    return Packed(first, second, tuple(parts), table_of(shapes, device), place, index, bias, shapes)
+
+
+def prepared(group: Packed) -> Packed:
+    """The group for long use where it is: on a CPU its weights are put in the order of the library's products."""
+    first, seconds = prepare(group.first), tuple(prepare(part) for part in group.seconds)
+    changed = any(part.is_mkldnn for part in (first, *seconds))
+    return replace(group, first=first, second=group.second[:0], seconds=seconds) if changed else group
 
 
 def _index(member: Member) -> torch.Tensor:
@@ -177,18 +189,17 @@ def packed_reference(
     """`packed_linear` in PyTorch, by the library's products; what prefill runs on every device."""
     if eps is not None:
         x = rms_norm(x, x.shape[-1:], eps=eps)
-    if not group.second.numel():  # all dense: one product is all
-        y = linear(x, group.first, group.bias)
-        return _finish(y, residual, swiglu=swiglu)
-    z = linear(x, group.first)
-    parts, component, offset = [], 0, 0
+    if not group.seconds:  # all dense: one product is all
+        return _finish(host_linear(x, group.first, group.bias), residual, swiglu=swiglu)
+    z, seconds = host_linear(x, group.first), iter(group.seconds)
+    parts, component = [], 0
     for outputs, rank, rows in group.shapes:
         mine = z[..., component : component + rank]
         if outputs > rows:
             parts.append(mine[..., : outputs - rows])
         if rows:
-            parts.append(linear(mine, group.second[offset : offset + rows * rank].view(rows, rank)))
-        component, offset = component + rank, offset + rows * rank
+            parts.append(host_linear(mine, next(seconds)))
+        component += rank
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     y = y if group.index is None else y.index_select(-1, group.index)
     y = y if group.bias is None else y + group.bias

@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from rankwise.engine.runtime.batch import Batch
 from rankwise.kernels import Packed, packed_linear
 from rankwise.kernels.attention import decode_attention
+from rankwise.kernels.host import host_linear
 from rankwise.kernels.norm import add_rms_norm, rms_norm
 from rankwise.kernels.prefill import prefill_attention
 from rankwise.kernels.rotary import rotary_to_cache_
@@ -100,7 +101,7 @@ class Decoder:
         embed: `[vocabulary, hidden]`.
         blocks: in order.
         norm: the last one.
-        head: `[vocabulary, hidden]`, perhaps the embedding itself.
+        head: `[vocabulary, hidden]`, perhaps the embedding itself, perhaps of `kernels.host.prepare`.
     """
 
     shape: Shape
@@ -132,7 +133,7 @@ class Decoder:
             delta = packed_linear(self._gated(block, x), block.down)
             delta = delta if block.norm_out is None else norm(delta, block.norm_out)
             x, stream = add_rms_norm(delta, stream, following, shape.eps, shape.offset)
-        logits = linear(x if len(batch.last) == len(x) else x.index_select(0, batch.last), self.head)
+        logits = host_linear(x if len(batch.last) == len(x) else x.index_select(0, batch.last), self.head)
         cap = shape.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -10,7 +10,9 @@ from rankwise.engine.layers import LowRankLinear, PivotLinear
 from rankwise.engine.runtime.decoder import Block, Decoder, Rotary, Shape
 from rankwise.errors import RankwiseError
 from rankwise.kernels import Dense, LowRank, Packed, Pivot, pack
+from rankwise.kernels.host import prepare
 from rankwise.kernels.members import Member
+from rankwise.kernels.pack import prepared
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length so far
@@ -42,7 +44,7 @@ def convert(model: Any, most_positions: int) -> Decoder:
         blocks.append(_block(layer, angles.get(kind, angles[""]), _window(config, kind)))
         _empty(layer)
     embed, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
-    return Decoder(_shape(config, inner), embed, tuple(blocks), inner.norm.weight.data, head)
+    return Decoder(_shape(config, inner), embed, tuple(blocks), inner.norm.weight.data, prepare(head))
 
 
 def _shape(config: Any, inner: Any) -> Shape:
@@ -88,7 +90,7 @@ def _block(layer: Any, rotary: Rotary, window: int | None) -> Block:
 def packed(modules: Sequence[nn.Module]) -> Packed:
     """Linear modules of any kind as one group."""
     biases = [module.bias.data if isinstance(module.bias, torch.Tensor) else None for module in modules]
-    return pack([_member(module) for module in modules], biases)
+    return prepared(pack([_member(module) for module in modules], biases))
 
 
 def _member(module: nn.Module) -> Member:

@@ -1,0 +1,187 @@
+"""Which algorithm decomposes a batch: the fastest on the device at hand, by measurement, that resolves what is wanted.
+
+Published timings contradict each other from card to card and from size to size, so none is built in. The first batch
+of a shape on a GPU is decomposed by every candidate, and the times are kept in the user's cache folder.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from rankwise.errors import RankwiseError
+from rankwise.files import read_json, write_json
+from rankwise.kernels.backend import power_of_two
+from rankwise.kernels.eigen import Algorithm, Problem, Spectrum, batched, direct, eigh, mixed, refined, rotations
+
+PASSES = {torch.float32: 1e-4, torch.float64: 1e-10}  # largest entry of |Q Qᵀ - I|, and relative error of products
+PROBES = 4
+MEDIUM = 1024  # rows beyond which one call for a batch, and drivers of last resort, are not measured
+FAILED = 1e9  # seconds
+
+
+@dataclass(frozen=True)
+class Driver:
+    """An algorithm in a precision.
+
+    Args:
+        run: takes problems of one shape.
+        dtype: of its arithmetic.
+        depth: the smallest σ_k / σ_1 at which its leading k vectors are as good as the best ones: the excess of the
+            error is within 3e-4 of it in fp32, 1e-6 in fp64.
+        largest: number of rows up to which it is a candidate.
+    """
+
+    run: Algorithm
+    dtype: torch.dtype
+    depth: float
+    largest: int = 1 << 30
+
+
+LAST = "svd"
+DRIVERS = {
+    "eigh32": Driver(eigh, torch.float32, 1e-2),
+    "batched32": Driver(batched, torch.float32, 1e-2, MEDIUM),
+    "mixed": Driver(mixed, torch.float32, 1e-3),
+    "jacobi32": Driver(rotations, torch.float32, 1e-4),
+    "refined": Driver(refined, torch.float32, 3e-5),
+    "eigh64": Driver(eigh, torch.float64, 1e-6),
+    "batched64": Driver(batched, torch.float64, 1e-6, MEDIUM),
+    "jacobi64": Driver(rotations, torch.float64, 0.0, MEDIUM),
+    LAST: Driver(direct, torch.float64, 0.0, MEDIUM),
+}
+ON_CPU = ("eigh32", "mixed", "eigh64", LAST)  # by falling speed; LAPACK does the work, whoever calls it
+_times: dict[str, dict[str, float]] = {}
+
+
+def decompose(
+    problems: Sequence[Problem], *, rank: int | None, depth: float, driver: str, streams: int
+) -> list[tuple[Spectrum, str]]:
+    """Decompose problems of one shape, each with the name of the driver whose result passed.
+
+    Args:
+        problems: at least one; all of one shape and with or without a weight.
+        rank: only so many leading vectors matter; None if all do.
+        depth: what is below this share of σ_1 does not matter.
+        driver: a name of `DRIVERS`, or `auto`: the fastest one; where σ_rank / σ_1 turns out to be beyond its depth, or
+            its result fails a check, the next one that reaches deeper. If all vectors matter, only drivers that
+            reach `depth` are asked.
+
+    Raises:
+        torch.linalg.LinAlgError: no driver converged.
+    """
+    wanted = depth if rank is None else None
+    names = ranking(problems, wanted, streams) if driver == "auto" else [driver]
+    found: dict[int, tuple[Spectrum, str]] = {}
+    reached, reason = 2.0, ""
+    for name in names:
+        if (reaches := DRIVERS[name].depth) >= reached:
+            continue
+        todo = [i for i in range(len(problems)) if i not in found]
+        try:
+            spectra = DRIVERS[name].run([problems[i] for i in todo], DRIVERS[name].dtype, streams)
+        except torch.linalg.LinAlgError as error:
+            reason = str(error)
+            continue
+        for i, spectrum in zip(todo, spectra, strict=True):
+            if not _is_sound(spectrum, problems[i], DRIVERS[name].dtype):
+                reason = "the vectors are not orthogonal, or do not give back the matrix"
+            elif driver != "auto" or max(depth, _depth_at(spectrum, rank)) >= reaches:
+                found[i] = spectrum, name
+        if len(found) == len(problems):
+            return [found[i] for i in range(len(problems))]
+        reached = reaches
+    raise torch.linalg.LinAlgError(f"{names[-1]}: {reason}")
+
+
+def ranking(problems: Sequence[Problem], depth: float | None, streams: int) -> list[str]:
+    """Drivers for problems of one shape, the fastest first, then the last resort.
+
+    Args:
+        depth: only drivers that reach it; None admits all.
+        streams: of the GPU. There, times that are not known yet are measured with these very problems.
+    """
+    rows = problems[0].rows
+    able = [name for name, d in DRIVERS.items() if len(rows) <= d.largest and (depth is None or d.depth <= depth)]
+    if not rows.is_cuda:
+        return [*(name for name in ON_CPU[:-1] if name in able), LAST]
+    times = measured(able, problems, streams)
+    return [*sorted((name for name in able if times[name] < FAILED), key=times.__getitem__), LAST]
+
+
+def measured(names: Sequence[str], problems: Sequence[Problem], streams: int) -> dict[str, float]:
+    """Seconds that drivers take for these problems, from the cache where a like batch has been there before."""
+    key = _key(problems, streams)
+    if key not in _times:
+        _times[key] = _kept().get(key, {})
+    times = _times[key]
+    missing = [name for name in names if name not in times]
+    for name in missing:
+        times[name] = _seconds(name, problems, streams)
+    if missing:
+        with suppress(OSError, RankwiseError):  # a folder that cannot be written to: measured again next time
+            write_json(_file(), _kept() | {key: times})
+    return times
+
+
+def _seconds(name: str, problems: Sequence[Problem], streams: int) -> float:
+    """Of the second of two runs, for the first one loads and compiles."""
+    driver, device, start = DRIVERS[name], problems[0].rows.device, 0.0
+    try:
+        for _ in range(2):
+            _wait(device)
+            start = perf_counter()
+            driver.run(problems, driver.dtype, streams)
+            _wait(device)
+    except RuntimeError:  # no convergence, no memory, or a library that refuses the size
+        return FAILED
+    return perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _key(problems: Sequence[Problem], streams: int) -> str:
+    """Batches of about the same size share it."""
+    rows = problems[0].rows
+    chip = torch.cuda.get_device_name(rows.device) if rows.is_cuda else rows.device.type
+    sizes = "x".join(str(power_of_two(size)) for size in (len(problems), *rows.shape))
+    return f"{chip}, torch {torch.__version__}, {sizes}, weight {problems[0].weight is not None}, streams {streams}"
+
+
+def _file() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rankwise"
+    return Path(os.environ.get("RANKWISE_CACHE", default)) / "svd_drivers.json"
+
+
+def _kept() -> dict[str, dict[str, float]]:
+    """Times of earlier runs; none where the file is absent or damaged."""
+    try:
+        return {str(key): {n: float(t) for n, t in times.items()} for key, times in read_json(_file()).items()}
+    except (RankwiseError, AttributeError, TypeError, ValueError):
+        return {}
+
+
+def _is_sound(found: Spectrum, problem: Problem, dtype: torch.dtype) -> bool:
+    """Whether the vectors are orthogonal and, with the energies, act on random vectors as the matrix does."""
+    basis, rows = found.basis, problem.rows
+    unit = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+    generator = torch.Generator(rows.device).manual_seed(0)
+    z = torch.randn(len(rows), PROBES, dtype=rows.dtype, device=rows.device, generator=generator)
+    back = rows.mT @ z
+    expected = rows @ (back if problem.weight is None else problem.weight @ back)
+    wide = basis.to(rows.dtype)
+    error = (wide.mT @ (found.energy[:, None] * (wide @ z)) - expected).norm() / expected.norm().clamp_min(1e-300)
+    return bool(torch.maximum((basis @ basis.mT - unit).abs().amax().double(), error) <= PASSES[dtype])
+
+
+def _depth_at(found: Spectrum, rank: int | None) -> float:
+    """σ_rank / σ_1 as found; 1 for a matrix of zeros."""
+    share = found.energy[min(rank or len(found.energy), len(found.energy)) - 1] / found.energy[0].clamp_min(1e-300)
+    return float(share.sqrt()) if bool(found.energy[0] > 0) else 1.0
