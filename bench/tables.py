@@ -103,6 +103,26 @@ def methods() -> str:
     )
 
 
+def runtime() -> str:
+    """Tokens a second: a row a batch size."""
+    rows = read("cpu/runtime.jsonl")
+    first = rows[0]
+    names, pairs = list(first["tokens_per_second"]), list(first["ratios"])
+    body = []
+    for row in rows:
+        rates = [f"{row['tokens_per_second'][name][1]:.1f}" for name in names]
+        ratios = [f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})" for r in (row["ratios"][pair] for pair in pairs)]
+        body.append([str(row["batch"]), *rates, *ratios])
+    table = markdown(["requests at once", *names, *pairs], body)
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if name != "rankwise")
+    kept = f"; compressed: {first['kept']:.0%} of the linear layers' parameters kept" if first["kept"] else ""
+    return (
+        f"{table}\nTokens a second, and ratios within a round: median, and p20 to p80 of {first['rounds']} rounds in "
+        f"which all take turns. `{first['model']}` in {first['dtype']}{kept}. Prompts of {first['prompt']} tokens, "
+        f"{first['new']} new ones, {first['threads']} CPU threads, {versions}.\n"
+    )
+
+
 def measured(name: str) -> bool:
     """Whether a table's result file is there; that of `quality` is committed and has to be."""
     return name == "quality" or (RESULTS / "cpu" / f"{name}.jsonl").exists()
@@ -119,7 +139,7 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {"methods": methods, "quality": quality, "zeroshot": zeroshot}
+TABLES = {"methods": methods, "quality": quality, "runtime": runtime, "zeroshot": zeroshot}
 
 if __name__ == "__main__":
     main()
