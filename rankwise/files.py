@@ -197,3 +197,9 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where converted models and measurements are kept: `$RANKWISE_CACHE`, else `rankwise` below the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rankwise"
+    return Path(os.environ.get("RANKWISE_CACHE", default))

@@ -1,6 +1,5 @@
 """Names and paths into models and tokenizers."""
 
-import os
 import shutil
 from contextlib import redirect_stderr
 from io import StringIO
@@ -15,7 +14,7 @@ from transformers.utils import logging as hf_logging
 from rankwise.anatomy import require_causal
 from rankwise.config import DTYPES, check
 from rankwise.errors import RankwiseError
-from rankwise.files import disk_guard, publish, sha256
+from rankwise.files import cache_folder, disk_guard, publish, sha256
 from rankwise.jobs import locked
 
 EMBEDDED = "embedded:smollm2-135m"
@@ -80,12 +79,6 @@ def model_dtype(model: Any) -> str:
     if dtype not in SHORT_NAMES:
         raise RankwiseError("dtype", str(dtype), f"allowed: {', '.join(TORCH_DTYPES)}; load with --dtype")
     return SHORT_NAMES[dtype]
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$RANKWISE_CACHE`, else `rankwise` below the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rankwise"
-    return Path(os.environ.get("RANKWISE_CACHE", default))
 
 
 def quiet_transformers() -> None:

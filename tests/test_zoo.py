@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from rankwise import zoo
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
+from rankwise.files import cache_folder
 from rankwise.jobs import locked
 from rankwise.text import read_text, take_windows, token_windows
 from rankwise.zoo import (
-    cache_folder,
     disk_bytes,
     embedded_gguf,
     load_model,

@@ -4,7 +4,6 @@ Published timings contradict each other from card to card and from size to size,
 of a shape on a GPU is decomposed by every candidate, and the times are kept in the user's cache folder.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from time import perf_counter
 import torch
 
 from rankwise.errors import RankwiseError
-from rankwise.files import read_json, write_json
+from rankwise.files import cache_folder, read_json, write_json
 from rankwise.kernels.backend import power_of_two
 from rankwise.kernels.eigen import Algorithm, Problem, Spectrum, batched, direct, eigh, mixed, refined, rotations
 
@@ -156,8 +155,7 @@ def _key(problems: Sequence[Problem], streams: int) -> str:
 
 
 def _file() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rankwise"
-    return Path(os.environ.get("RANKWISE_CACHE", default)) / "svd_drivers.json"
+    return cache_folder() / "svd_drivers.json"
 
 
 def _kept() -> dict[str, dict[str, float]]:
