@@ -47,7 +47,6 @@ class Call:
         self.left, self.timeout, self._on_cancel = count, timeout, on_cancel
         self._items: asyncio.Queue[Piece | Fault] = asyncio.Queue()
         self._deadline = asyncio.get_running_loop().time() + timeout
-        self.disconnected = False
 
     def put(self, item: Piece | Fault) -> None:
         """A piece, or why there are no more."""
@@ -80,6 +79,5 @@ class Call:
         """Wait until the client is gone, then cancel."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.disconnected = True
         self.put(Fault(499, "the client is gone", code="disconnected"))
         self.cancel()
