@@ -173,7 +173,7 @@ def decode_attention_reference(
     lengths = context_lens.tolist()
     longest = max(lengths, default=0)
     alike = longest * len(lengths) <= 2 * sum(lengths) and (not window or longest <= 2 * window)
-    if len(lengths) > 1 and alike and not softcap:
+    if len(lengths) > 1 and longest and alike and not softcap:
         return _together(q, k_cache, v_cache, block_table, context_lens, longest, scale, window)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     kv_heads = k_cache.shape[2]
@@ -200,7 +200,8 @@ def _together(
     size, kv_heads, lengths = k_cache.shape[1], k_cache.shape[2], context_lens[:, None]
     key = torch.arange(longest, device=q.device)
     at = torch.minimum(key, (lengths - 1).clamp_min(0)).long()
-    slots = (block_table.gather(1, at // size) * size + at % size).flatten()
+    slots = block_table.gather(1, at // size) * size + at % size
+    slots = slots.masked_fill(lengths == 0, 0).flatten()  # padding names no block: any will do
     k, v = (
         cache.flatten(0, 1).index_select(0, slots).unflatten(0, at.shape).transpose(1, 2)
         for cache in (k_cache, v_cache)
