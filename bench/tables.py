@@ -41,8 +41,7 @@ def quality() -> str:
     worst = max(abs(row["measured_ratio"] / row["ratio"] - 1) for row in rows if row is not dense)
     texts = f"calibration {dense['samples']} + {dense['gradient_samples']} windows of `{dense['train']}`"
     test = f"test the first {dense['windows']} windows of `{dense['test']}`, {dense['seq_len']} tokens each"
-    versions = ", ".join(f"{name} {version}" for name, version in dense["versions"].items() if name != "rankwise")
-    run = f"Commit {dense['commit']}, {dense['device']}, {versions}"
+    run = f"Commit {dense['commit']}, {dense['device']}, {versions(dense)}"
     return (
         f"{table}\nPerplexity (lower is better); dense {dense['perplexity']:.2f}. "
         f"`{dense['model']}` in {dense['dtype']}, {texts}, {test}. "
@@ -64,12 +63,11 @@ def zeroshot() -> str:
     table = markdown(["model", "kept", *(f"`{task}`" for task in tasks), "mean", "mean, normalised"], body)
     asked = "all" if first["limit"] is None else f"the first {first['limit']}"
     errors = [score["acc_stderr"] or 0 for row in rows for score in row["scores"].values()]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if name != "rankwise")
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     return (
         f"{table}\nZero-shot accuracy by lm-eval: `acc`; normalised: `acc_norm` where there is one. On {asked} "
         f"questions of each task, standard error up to {max(errors):.1%} a task. In {first['stored']}. "
-        f"Commit {commits}, {first['device']}, {versions}.\n"
+        f"Commit {commits}, {first['device']}, {versions(first)}.\n"
     )
 
 
@@ -91,7 +89,6 @@ def methods() -> str:
     heads = ["method", *(f"{r:.0%}, {t}" for r, t in columns), "seconds", "peak GB"]
     before = ", ".join(f"{test} {value:.2f}" for test, value in dense["perplexity"].items())
     missed, worst = max((abs(row["measured_ratio"] / row["ratio"] - 1), row["name"]) for row in others)
-    versions = ", ".join(f"{name} {version}" for name, version in dense["versions"].items() if name != "rankwise")
     return (
         f"{markdown(heads, body)}\nPerplexity (lower is better), dense: {before}. `{dense['model']}` in "
         f"{dense['dtype']}, curvature from {dense['samples']} + {dense['gradient_samples']} windows of "
@@ -99,7 +96,7 @@ def methods() -> str:
         f"{dense['windows']} windows, {dense['seq_len']} tokens each; masks trained {dense['steps']} steps of "
         f"{dense['train_len']} tokens, WikiText-2 and C4 in turn. Ratios met within {missed:.2%} "
         f"({worst}). Seconds without curvature and factors, which all share. "
-        f"{dense['device']}, {versions}.\n"
+        f"{dense['device']}, {versions(dense)}.\n"
     )
 
 
@@ -114,13 +111,17 @@ def runtime() -> str:
         ratios = [f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})" for r in (row["ratios"][pair] for pair in pairs)]
         body.append([str(row["batch"]), *rates, *ratios])
     table = markdown(["requests at once", *names, *pairs], body)
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if name != "rankwise")
     kept = f"; compressed: {first['kept']:.0%} of the linear layers' parameters kept" if first["kept"] else ""
     return (
         f"{table}\nTokens a second, and ratios within a round: median, and p20 to p80 of {first['rounds']} rounds in "
         f"which all take turns. `{first['model']}` in {first['dtype']}{kept}. Prompts of {first['prompt']} tokens, "
-        f"{first['new']} new ones, {first['threads']} CPU threads, {versions}.\n"
+        f"{first['new']} new ones, {first['threads']} CPU threads, {versions(first)}.\n"
     )
+
+
+def versions(row: dict[str, Any]) -> str:
+    """Of everything but rankwise itself."""
+    return ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "rankwise")
 
 
 def measured(name: str) -> bool:

@@ -173,9 +173,10 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def _tiles(shape: tuple[int, int, int]) -> list[int]:
+@lru_cache(maxsize=1024)
+def _tiles(shape: tuple[int, int, int]) -> tuple[int, ...]:
     """Where a member's tiles start: gates and what they gate must lie alike."""
-    return table_of((shape,), torch.device("cpu"))[:, 4].tolist()
+    return tuple(table_of((shape,), torch.device("cpu"))[:, 4].tolist())
 
 
 def packed_reference(

@@ -1,6 +1,5 @@
 """Prefill over pages equals attention in fp64, and its chunks make no difference."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import Pages, exact, paged
-from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error
+from tensors import BACKENDS, DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error, running
 
 from rankwise.kernels.attention import decode_attention
 from rankwise.kernels.prefill import prefill_attention
@@ -27,14 +26,6 @@ SHAPES = {
     "soft-cap and window": (4, 1, 128, 16, 20, 5.0),
     "head dimension 256, odd block": (2, 1, 256, 5, None, None),
 }
-BACKENDS = [
-    *(pytest.param(dtype, None, id=f"torch-{dtype}".replace("torch.", "")) for dtype in TOLERANCE),
-    *(pytest.param(d, "triton", id=f"triton-{d}".replace("torch.", ""), marks=needs_triton) for d in TRITON_DTYPES),
-]
-
-
-def running(backend: str | None) -> Any:
-    return in_triton() if backend else nullcontext()
 
 
 def sums(new: list[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Random tensors on the device that tests run on, how far two are apart, and memory that is never zero by luck."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 
 import pytest
@@ -39,3 +39,14 @@ def in_triton() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+BACKENDS = [
+    *(pytest.param(dtype, None, id=f"torch-{dtype}".replace("torch.", "")) for dtype in TOLERANCE),
+    *(pytest.param(d, "triton", id=f"triton-{d}".replace("torch.", ""), marks=needs_triton) for d in TRITON_DTYPES),
+]
+
+
+def running(backend: str | None) -> AbstractContextManager[None]:
+    """Triton, or whatever the device takes by itself."""
+    return in_triton() if backend else nullcontext()

@@ -69,14 +69,13 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """Stop a request; what it holds is free at once. Harmless for one that is finished."""
         if not sequence.finish_reason:
-            sequence.finish_reason = "cancelled"
-            self.scheduler.remove(sequence)
+            self.finish(sequence, "cancelled")
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a request from outside, e.g. at a stop text."""
+        """End a request, e.g. at a stop text; of one that just ended for its length the reason is put right."""
         if not sequence.finish_reason:
-            sequence.finish_reason = reason
             self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
 
     @property
     def busy(self) -> bool:
@@ -90,11 +89,9 @@ class Engine:
             return []
         batch = make_batch(shares, self.pool.size, self.decoder.embed.device)
         logits = self.decoder(batch, self.keys, self.values)
+        grown = [share.sequence for share in shares if share.samples]
         for share in shares:
-            ends = share.samples
             self.scheduler.done(share)
-            assert ends == (share.sequence.left == 0)
-        grown = [share.sequence for share in shares if share.sequence.left == 0]
         if grown:
             self._append(grown, logits)
         return grown

@@ -166,5 +166,4 @@ class LLM:
         piece = text.push(sequence.output[-1])
         if text.stopped:
             self.engine.finish(sequence, "stop")
-            sequence.finish_reason = "stop"
         return piece

@@ -99,8 +99,7 @@ class Scheduler:
         sequence.computed = len(sequence.blocks) * self.pool.size
         sequence.known = len(sequence.blocks)
         count = min(sequence.left, budget)
-        spare = len(self.running) if self.running else 0
-        if self._missing(sequence, count) + spare > self.pool.available():
+        if self._missing(sequence, count) + len(self.running) > self.pool.available():
             self._release(sequence)
             return None
         if not sequence.output:

@@ -182,7 +182,6 @@ class EngineLoop:
         text = live.text.push(sequence.output[-1])
         if live.text.stopped:
             self.llm.engine.finish(sequence, "stop")
-            sequence.finish_reason = "stop"  # a stop text in the last token that was allowed
         if sequence.finish_reason:
             text += live.text.finish()
             self._seconds += (RECENT if self._seconds else 1) * (live.last - live.born - self._seconds)
