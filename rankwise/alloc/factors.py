@@ -7,6 +7,7 @@ of the loss, in nats a token, that a component is worth.
 Diagonal: minimise `‖(W - Ŵ) S‖` with `S = diag(E|x_i|^α)`, the metric of ASVD (2312.05821).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import scipy.linalg
 import torch
 
 from rankwise.errors import RankwiseError
+from rankwise.kernels.svd import Metric, svd
 
 SIDES = ("one", "two", "diagonal")  # the metrics by name
 ALPHA = 0.5  # the exponent of ASVD's scales
@@ -22,7 +24,6 @@ FLOOR = 1e-6  # share of the mean magnitude below which no input feature counts
 # calibration never saw stay in the problem with a small weight, so no factor is undefined.
 DAMPING = 1e-6
 REMEASURE = "second moments have no negative directions; measure the curvature again"
-INDEFINITE = 1e-3  # a negative eigenvalue beyond this share of the largest is no rounding error
 
 
 @dataclass
@@ -40,7 +41,6 @@ class Factors:
     energy: torch.Tensor
 
 
-@torch.no_grad()
 def factorize(
     weight: torch.Tensor,
     inputs: torch.Tensor,
@@ -49,8 +49,6 @@ def factorize(
     damping: float = DAMPING,
 ) -> Factors:
     """Factor a weight in the metric of its curvature; the first k components are the best rank-k approximation.
-
-    The smaller side is diagonalised: at most one square root and one eigendecomposition of size min(m, n), in fp64.
 
     Args:
         weight: W `[m, n]`, any float dtype, finite.
@@ -64,25 +62,45 @@ def factorize(
 
     Raises:
         RankwiseError: NaN, Inf or a truly indefinite matrix.
+        torch.linalg.LinAlgError: nothing converged.
     """
-    w = weight.double()
-    c = _checked(inputs, "input moments", w.device, damping)
-    f = None if outputs is None else _checked(outputs, "output-gradient moments", w.device, damping)
-    if w.shape[0] <= w.shape[1]:
-        root, inverse = _roots(f, "output-gradient moments")
-        left = w if root is None else root @ w
-        energy, basis = _leading(left @ c @ left.T)
-        u, v = (basis if inverse is None else inverse @ basis), basis.T @ left
-    else:
-        root, inverse = _roots(c, "input moments")
-        assert root is not None
-        assert inverse is not None
-        right = w @ root
-        energy, basis = _leading(right.T @ (right if f is None else f @ right))
-        u, v = right @ basis, basis.T @ inverse
-    if not all(m.any() for m in (inputs, outputs) if m is not None):
-        energy = torch.full_like(energy, torch.inf)
-    return _balanced(u, v, energy)
+    return factorize_all([weight], [inputs], [outputs], damping=damping)[0]
+
+
+@torch.no_grad()
+def factorize_all(
+    weights: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor | None],
+    *,
+    damping: float = DAMPING,
+) -> list[Factors]:
+    """Factor many weights in one call of `kernels.svd`, which decomposes those of one shape together on a GPU.
+
+    Arguments, results and errors are those of `factorize`, one for each weight. Moments that several weights share
+    should be the same tensor: then their work is done once.
+    """
+    damped: dict[int, torch.Tensor] = {}
+
+    def metric(matrix: torch.Tensor, what: str, device: torch.device) -> torch.Tensor:
+        if id(matrix) not in damped:
+            damped[id(matrix)] = _checked(matrix, what, device, damping)
+        return damped[id(matrix)]
+
+    weights = [_finite(w) for w in weights]
+    metrics: list[Metric] = []
+    for w, c, f in zip(weights, inputs, outputs, strict=True):
+        of_inputs = metric(c, "input moments", w.device)
+        metrics.append(of_inputs if f is None else (metric(f, "output-gradient moments", w.device), of_inputs))
+    try:
+        found = svd(weights, metrics)
+    except RankwiseError as error:
+        raise RankwiseError("second moments", error.value, REMEASURE) from None
+    known = [all(m.any() for m in (c, f) if m is not None) for c, f in zip(inputs, outputs, strict=True)]
+    return [
+        Factors(f.u.float(), f.v.float(), f.energy if ok else torch.full_like(f.energy, torch.inf))
+        for f, ok in zip(found, known, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -102,20 +120,14 @@ def factorize_diagonal(weight: torch.Tensor, magnitudes: torch.Tensor, *, alpha:
     Raises:
         RankwiseError: NaN, Inf or a negative magnitude.
     """
-    w = weight.double()
+    w = _finite(weight).double()
     sizes = magnitudes.to(device=w.device, dtype=torch.float64)
     if not torch.isfinite(sizes).all() or (sizes < 0).any():
         raise RankwiseError("input magnitudes", "NaN, Inf or negative", "measure the curvature again")
     seen = bool(sizes.any())
     scale = sizes.clamp_min(FLOOR * float(sizes.mean())).pow(alpha) if seen else torch.ones_like(sizes)
-    scaled = w * scale
-    if w.shape[0] <= w.shape[1]:
-        energy, basis = _leading(scaled @ scaled.T)
-        u, v = basis, basis.T @ w
-    else:
-        energy, basis = _leading(scaled.T @ scaled)
-        u, v = scaled @ basis, basis.T / scale
-    return _balanced(u, v, energy if seen else torch.full_like(energy, torch.inf))
+    [found] = svd([w * scale])
+    return _balanced(found.u, found.v / scale, found.energy if seen else torch.full_like(found.energy, torch.inf))
 
 
 def pivot_form(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,6 +155,12 @@ def pivot_form(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(index), basis.float(), torch.from_numpy(np.ascontiguousarray(coeff)).float()
 
 
+def _finite(weight: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(weight).all():
+        raise RankwiseError("weight", "NaN or Inf", "finite numbers are needed")
+    return weight
+
+
 def _checked(matrix: torch.Tensor, what: str, device: torch.device, damping: float) -> torch.Tensor:
     m = matrix.to(device=device, dtype=torch.float64)
     if not torch.isfinite(m).all():
@@ -153,30 +171,6 @@ def _checked(matrix: torch.Tensor, what: str, device: torch.device, damping: flo
         raise RankwiseError(what, f"indefinite (mean of the diagonal {mean:.1e})", REMEASURE)
     m.diagonal().add_(damping * mean if mean > 0 else 1.0)  # never seen at all: the plain metric
     return m
-
-
-def _leading(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues in falling order, negative rounding errors cut off, and their vectors."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    _require_semidefinite(values, "second moments")
-    return values.flip(0).clamp_min(0), vectors.flip(1)
-
-
-def _roots(matrix: torch.Tensor | None, what: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Symmetric square root and its inverse; (None, None) for the identity."""
-    if matrix is None:
-        return None, None
-    values, vectors = torch.linalg.eigh(matrix)
-    _require_semidefinite(values, what)
-    root = values.clamp_min(DAMPING * DAMPING * float(values[-1])).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-def _require_semidefinite(values: torch.Tensor, what: str) -> None:
-    lowest, largest = float(values[0]), float(values[-1])
-    if lowest < -INDEFINITE * abs(largest):
-        reason = f"indefinite (eigenvalues from {lowest:.1e} to {largest:.1e})"
-        raise RankwiseError(what, reason, REMEASURE)
 
 
 def _balanced(u: torch.Tensor, v: torch.Tensor, energy: torch.Tensor) -> Factors:

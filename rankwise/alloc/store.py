@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from rankwise.alloc.curvature import Curvature
-from rankwise.alloc.factors import Factors, factorize, factorize_diagonal
+from rankwise.alloc.factors import Factors, factorize_all, factorize_diagonal
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.errors import RankwiseError
 from rankwise.files import open_tensors, write_tensors
 from rankwise.jobs import claim
 from rankwise.progress import Track, silent
 
-Metric = Callable[[str, torch.Tensor], Factors]  # a layer's name and its weight to its factors
+Metric = Callable[[dict[str, torch.Tensor]], dict[str, Factors]]  # of layers: name to weight, name to factors
 
 
 class FactorStore:
@@ -93,25 +93,42 @@ def factorize_model(
 
 
 def _metric(curvature: Curvature, index: int, sides: str) -> Metric:
-    """What factors a named weight of one block in the metric `sides`."""
+    """What factors named weights of one block in the metric `sides`."""
     if sides == "diagonal":
-        magnitudes = curvature.magnitudes(index)
-        return lambda name, weight: factorize_diagonal(weight, magnitudes[name])
+        sizes = curvature.magnitudes(index)
+        return lambda weights: {name: factorize_diagonal(weight, sizes[name]) for name, weight in weights.items()}
     inputs = curvature.inputs(index)
     outputs = curvature.outputs(index) if sides == "two" else {}
-    return lambda name, weight: factorize(weight, inputs[name], outputs.get(name))
+
+    def together(weights: dict[str, torch.Tensor]) -> dict[str, Factors]:
+        moments = [inputs[name] for name in weights], [outputs.get(name) for name in weights]
+        return dict(zip(weights, factorize_all(list(weights.values()), *moments), strict=True))
+
+    return together
 
 
 def _factorize_block(block: dict[str, nn.Module], metric: Metric, device: torch.device) -> dict[str, torch.Tensor]:
     """Factors of one block's layers, in host memory, under their names in the file."""
+    weights = {name: weight_of(linear).to(device) for name, linear in block.items()}
+    try:
+        found = metric(weights)
+    except (RankwiseError, torch.linalg.LinAlgError):
+        found = _one_by_one(weights, metric)
     tensors: dict[str, torch.Tensor] = {}
-    for name, linear in block.items():
+    for name, factors in found.items():
+        parts = {"u": factors.u, "v": factors.v, "energy": factors.energy}
+        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
+    return tensors
+
+
+def _one_by_one(weights: dict[str, torch.Tensor], metric: Metric) -> dict[str, Factors]:
+    """As `metric` would have it; an error names the layer."""
+    found: dict[str, Factors] = {}
+    for name, weight in weights.items():
         try:
-            factors = metric(name, weight_of(linear).to(device))
+            found |= metric({name: weight})
         except RankwiseError as error:
             raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
         except torch.linalg.LinAlgError as error:
             raise RankwiseError(name, str(error), "measure the curvature again, on other text") from None
-        parts = {"u": factors.u, "v": factors.v, "energy": factors.energy}
-        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
-    return tensors
+    return found
