@@ -29,7 +29,7 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
     ratio: Annotated[float, typer.Option(help="Share of the linear layers' parameters to keep.")] = 0.8,
-    method: Annotated[str, typer.Option(help="See `rankwise methods`.")] = "rankwise",
+    method: Annotated[str | None, typer.Option(help="See `rankwise methods`; default: rankwise.")] = None,
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method; repeatable.")
     ] = None,
@@ -74,10 +74,14 @@ def compress(
     """Choose ranks under a budget and write a smaller checkpoint. Interrupted, the same command continues."""
     from rankwise import commands
     from rankwise.alloc.options import make_method
-    from rankwise.config import CompressConfig, TextConfig
+    from rankwise.config import CompressConfig, TextConfig, check
 
+    if scores:
+        decided = {"method": method, "set": options, "kinds": kinds, "sides": sides}
+        for name, value in decided.items():
+            check(name, value, value is None, "left out: with --from, the scores' own method plans")
     shared = {"kinds": kinds, "rank_multiple": rank_multiple, "tolerance": tolerance, "sides": sides}
-    made = make_method(method, ratio, shared, options or [])
+    made = make_method(method or "rankwise", ratio, shared, options or [])
     text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed, learn, learn_samples)
     config = CompressConfig(
         model, out, made, text, device, dtype, curvature, plan, restart, refit, heal, score_only, scores

@@ -667,6 +667,10 @@ def from_scores(step: Callable[[Lab], Any], *options: str, folder: str = "scores
 
 FOLDER = "a folder written with --score-only is expected"
 SCORES = {
+    "with-a-method": Case(option("--from", "scores", "--method", "uniform"), ("method: uniform;", "left out")),
+    "with-a-setting": Case(option("--from", "scores", "--set", "steps=3"), ("set: ['steps=3'];", "left out")),
+    "with-kinds": Case(option("--from", "scores", "--kinds", "lowrank"), ("kinds: lowrank;", "left out")),
+    "with-sides": Case(option("--from", "scores", "--sides", "one"), ("sides: one;", "left out")),
     "missing": Case(option("--from", "none"), ("scores: none (no scores.json in it);", FOLDER)),
     "a-file": Case(option("--from", "text.txt"), ("scores: text.txt (no scores.json in it);", FOLDER)),
     "a-checkpoint": Case(option("--from", "small"), ("scores: small (no scores.json in it);", FOLDER)),
