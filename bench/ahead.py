@@ -48,7 +48,7 @@ class Case:
     call: Callable[[], Any]
     contains: tuple[str, ...] = ()
     loads: int = 128
-    archs: tuple[int, ...] = (80, 89, 90)
+    archs: tuple[int, ...] = (80, 89, 90, 100)
     weights: float = 0.0
     per_weight: float | None = None
 
@@ -59,15 +59,20 @@ def compiled(case: Case, arch: int) -> list[dict[str, Any]]:
         case.call()
     found: dict[str, dict[str, Any]] = {}
     for launch in launches:
-        made = _compile(launch, arch)
+        made = compile_launch(launch, "cuda", arch, 32)
         key = launch.kernel.__name__ + made.asm["ptx"]
         if key not in found:
             found[key] = {"kernel": launch.kernel.__name__, **_read(made)}
     return list(found.values())
 
 
-def _compile(launch: Launch, arch: int) -> Any:
-    """As the jit would: integers that are 1 become constants, and what 16 divides is marked."""
+def compile_launch(launch: Launch, *target: Any) -> Any:
+    """Compile as the jit would: integers that are 1 become constants, and what 16 divides is marked.
+
+    Args:
+        launch: recorded on meta tensors.
+        target: Triton's backend, architecture and threads of a warp.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -83,7 +88,7 @@ def _compile(launch: Launch, arch: int) -> Any:
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {key: value for key, value in launch.options.items() if key != "launch_pdl"}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
 def _type(value: Any) -> str:

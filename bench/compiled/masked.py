@@ -8,7 +8,7 @@ from bench.ahead import Case
 from rankwise.kernels.gemm import column_sums
 from rankwise.kernels.masked import masked_backward, masked_forward
 
-MMA = r"mma\.sync|wgmma"
+MMA = r"mma\.sync|wgmma|tcgen05\.mma"
 
 
 def both(dtype: torch.dtype, tokens: int, *, limited: bool, rank: int = 2048, wide: int = 4096) -> Callable[[], None]:
