@@ -55,7 +55,7 @@ class Case:
 
 def compiled(case: Case, arch: int) -> list[dict[str, Any]]:
     """Resources and instructions of each distinct kernel of a case."""
-    with backend("triton"), recording() as launches:
+    with backend("triton"), recording(arch) as launches:
         case.call()
     found: dict[str, dict[str, Any]] = {}
     for launch in launches:

@@ -1,6 +1,8 @@
 """The GPU suite, as far as it can be tried without one: its contests are right at small sizes, its verdicts fair."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 from tensors import DEVICE, TRITON_DTYPES, needs_triton
 
 from bench.gpu import masked, packed
+from bench.gpu.lines import Lines, commit, gpu_table, versions
 from bench.gpu.measure import error, quantiles
-from bench.gpu.suite import judged, line, works
+from bench.gpu.suite import judged, line, watch, works
 from bench.gpu.work import Goal, Work
 from rankwise.kernels.backend import backend
 
+ROOT = Path(__file__).parents[1]
 SMALL = [*masked.works(70, 64, 32), *packed.works(64, 16, 96)]
 ROW = {
     "id": "K1",
@@ -69,6 +73,8 @@ def test_the_suite_finds_its_families_and_picks_by_name() -> None:
         (Goal("speedup", 0.1, "a peer that is missing"), False),
         (Goal("memory", 0.5, "dense"), True),
         (Goal("memory", 0.4, "dense"), False),
+        (Goal("error", 1e-3), True),
+        (Goal("error", 9e-4), False),
     ],
 )
 def test_verdicts(goal: Goal, met: bool) -> None:
@@ -91,12 +97,64 @@ def test_errors_are_relative_and_nan_is_no_answer() -> None:
     assert quantiles([1.0, 2.0, 3.0])["p50"] == 2.0
 
 
+def row(name: str, **more: object) -> dict[str, object]:
+    return {"family": "packed", "id": "K1", "name": name, **more}
+
+
+def test_the_file_is_summed_up(tmp_path: Path) -> None:
+    """Goals met and missed of the newest figures, lines that failed or were left out; other commits do not count."""
+    facts = {"device": "D", "versions": {"torch": "2"}, "commit": "abc"}
+    lines = Lines(tmp_path / "rows.jsonl", facts)
+    Lines(lines.path, facts | {"commit": "old"}).write(row("from another commit", failed="no"))
+    goals = [judged(Goal("bandwidth", at), ROW) for at in (0.6, 0.8)]
+    figures = {key: ROW[key] for key in ("seconds", "speedup", "bandwidth")}
+    lines.write({"id": "tests", "exit": 1, "summary": "1 failed", "failed_tests": ["a"]})
+    lines.write({"id": "ceiling", "bandwidth": 3e12, "flops": 8e14})
+    lines.write(row("measured", failed="first try"))
+    lines.write(row("measured", **figures, goals=goals))
+    lines.write(row("broken", failed="the process ended with -9"))
+    lines.write(row("late", left_out="no time"))
+    found = lines.summary()
+    assert found["met"] == 1
+    assert found["missed"] == ["K1 measured: bandwidth 0.7 for 0.8"]
+    assert found["failed"] == ["K1 broken: the process ended with -9", "tests: 1 failed"]
+    assert found["left_out"] == ["K1 late"]
+    table = gpu_table(lines.rows())
+    assert "| K1 | measured | 5.00 (4.00 to 6.00) | 70 % | 2.00 × dense cuBLAS | met: bandwidth" in table
+    assert "3.00 TB/s" in table
+    assert "another commit" not in table
+
+
+def test_programs_that_are_not_there_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("RANKWISE_COMMIT", raising=False)
+    assert commit() == "unknown"
+    assert versions()["driver and clocks"] == ""
+
+
+def test_a_line_whose_process_dies_does_not_cost_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real child process for each stretch of lines, which ends itself at every third one."""
+    monkeypatch.chdir(ROOT)
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "start, out = int(sys.argv[sys.argv.index('--start') + 1]), sys.argv[sys.argv.index('--out') + 1]\n"
+        "for at in range(start, 8):\n"
+        "    if at % 3 == 2: os.abort()\n"
+        "    row = {'family': 'f', 'id': 'X', 'name': str(at), 'commit': 'abc'}\n"
+        "    open(out, 'a').write(json.dumps(row) + '\\n')\n"
+    )
+    todo = [("f", Work("X", str(at), lambda device: None, 1)) for at in range(8)]  # type: ignore[arg-type, return-value]
+    lines = Lines(tmp_path / "rows.jsonl", {"commit": "abc"})
+    watch(lines, todo, 0.0, [sys.executable, str(script)])
+    rows = lines.rows()
+    assert [row["name"] for row in rows] == [str(at) for at in range(8)]
+    assert [at for at, row in enumerate(rows) if "failed" in row] == [2, 5]
+
+
 def test_no_device_is_said_in_one_line(tmp_path: Path) -> None:
     if DEVICE == "cuda":
         pytest.skip("there is one")
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "bench.gpu.suite", "--out", str(tmp_path / "rows.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (1, "no CUDA device: this suite measures one")

@@ -25,6 +25,20 @@ def both(dtype: torch.dtype, tokens: int, *, limited: bool, rank: int = 2048, wi
     return call
 
 
+def in_tf32(call: Callable[[], None]) -> Callable[[], None]:
+    """The same where the process allows TF32."""
+
+    def allowed() -> None:
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            call()
+        finally:
+            matmul.fp32_precision = before
+
+    return allowed
+
+
 def sums() -> None:
     """The mask's gradient where the library does the products."""
     tall = torch.empty(4096, 2048, dtype=torch.bfloat16, device="meta")
@@ -44,5 +58,6 @@ CASES = [
     ),
     Case("fp16, 4096 tokens", both(torch.float16, 4096, limited=False), (MMA, r"cp\.async"), archs=(90,)),
     Case("fp32, 4096 tokens", both(torch.float32, 4096, limited=True), (r"cp\.async",), archs=(80,)),
+    Case("fp32 by TF32", in_tf32(both(torch.float32, 4096, limited=False)), (r"mma\.sync\S*tf32",), archs=(80,)),
     Case("column sums", sums),
 ]

@@ -5,6 +5,7 @@ clocks hits all of them alike. A time is that of a replay over its number of cal
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +51,8 @@ def error(found: Any, exact: Any) -> float:
     return max(math.inf if math.isnan(each) else each for each in errors)
 
 
-def time_work(work: Work, contests: Sequence[Contest]) -> dict[str, dict[str, float]]:
-    """Seconds a call, p20, p50 and p80, of ours and every peer.
+def time_work(work: Work, contests: Sequence[Contest]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Seconds a call, p20, p50 and p80, of ours and every peer; and peers that would not run, with the reason.
 
     Args:
         work: what is timed.
@@ -59,15 +60,28 @@ def time_work(work: Work, contests: Sequence[Contest]) -> dict[str, dict[str, fl
     """
     calls = {"ours": [contest.ours for contest in contests]}
     calls |= {name: [contest.peers[name] for contest in contests] for name in contests[0].peers}
-    for some in calls.values():
-        for call in (some[0], *some):  # compiles, and fills the caches of libraries
-            call()
-    torch.cuda.synchronize()
-    runs = [_captured(some) if work.graph else _each(some) for some in calls.values()]
-    probe = _events(runs, 1)
+    runs: dict[str, Callable[[], Any]] = {}
+    broken: dict[str, str] = {}
+    for name, some in calls.items():
+        try:
+            runs[name] = _ready(work, some)
+        except Exception as problem:
+            if name == "ours":
+                raise
+            broken[name] = f"{type(problem).__name__}: {problem}"[:300]
+    probe = _events(list(runs.values()), 1)
     rounds = max(LEAST_ROUNDS, min(ROUNDS, int(ROUNDS * SLOW / max(SLOW / ROUNDS, sum(map(sum, probe))))))
-    times = _events(runs, rounds)
-    return {name: quantiles([t / len(contests) for t in each]) for name, each in zip(calls, times, strict=True)}
+    times = _events(list(runs.values()), rounds)
+    return {n: quantiles([t / len(contests) for t in each]) for n, each in zip(runs, times, strict=True)}, broken
+
+
+def time_once(call: Call) -> tuple[float, Any]:
+    """Seconds of one call, the device waited for before and after, and its answer."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    answer = call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, answer
 
 
 def sets_for(work: Work, device: torch.device) -> int:
@@ -82,6 +96,14 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     """p20, p50 and p80."""
     found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     return dict(zip(("p20", "p50", "p80"), found.tolist(), strict=True))
+
+
+def _ready(work: Work, calls: Sequence[Call]) -> Callable[[], Any]:
+    """A run of all calls, warmed up: they are compiled, and the caches of libraries are filled."""
+    for call in (calls[0], *calls):
+        call()
+    torch.cuda.synchronize()
+    return _captured(calls) if work.graph else _each(calls)
 
 
 def _captured(calls: Sequence[Call]) -> Callable[[], Any]:

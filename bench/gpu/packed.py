@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 
 from bench.gpu.work import Contest, Goal, Work
 from rankwise.kernels import LowRank, Pivot, pack, packed_linear
+from rankwise.kernels.packed import MOST_TOKENS, run
 
 TOLERANCE = 1e-2  # bf16 operands, and the ranks' activations rounded to bf16
 LLAMA = {"q,k,v": (4096, (4096, 4096, 4096)), "gate,up": (4096, (11008, 11008))}
@@ -53,6 +54,9 @@ def pair(id_: str, outputs: int, inputs: int, rank: int, tokens: int, goals: tup
         layer, x = low_rank(outputs, inputs, rank, device), torch.randn(tokens, inputs, device=device).bfloat16()
         group, dense = pack([layer]), torch.randn(outputs, inputs, device=device).bfloat16()
         peers = {"dense cuBLAS": lambda: linear(x, dense), "two cuBLAS": lambda: linear(linear(x, layer.v), layer.u)}
+        if tokens <= MOST_TOKENS:  # our own kernels, the second one started early: is `packed.PDL` worth it?
+            tensors = x, group.first, group.second, group.table, None, None, None
+            peers["dependent launch"] = lambda: run(*tensors, outputs, group.align, False, None, pdl=True)
         return Contest(lambda: packed_linear(x, group), peers, lambda: exact(x, [layer]), TOLERANCE)
 
     name = f"{outputs}x{inputs}, rank {rank}, {tokens} tokens"

@@ -3,66 +3,108 @@
     python -m bench.gpu.suite                        into bench/results/<device>/<date>.jsonl
     python -m bench.gpu.suite --only K1 --only Q1    some lines; ids and families
 
-A line whose answer is wrong is not timed. What does not fit into --minutes is left out and said so.
+A line whose answer is wrong is not timed. What does not fit into --minutes is left out and said so. Lines run in a
+process of their own: an error that leaves the device unusable costs one line, and the next process goes on behind it.
 """
 
 import argparse
 import datetime
 import importlib
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu.measure import Ceiling, ceiling, error, sets_for, time_work
+from bench.gpu.lines import Lines, commit, gpu_table, versions
+from bench.gpu.measure import Ceiling, ceiling, error, quantiles, sets_for, time_once, time_work
+from bench.gpu.tests import check
 from bench.gpu.work import Contest, Goal, Work
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
-    if path.stem not in ("work", "measure", "suite", "__init__")
+    if path.stem not in ("work", "measure", "suite", "lines", "tests")
 )
 
 
 def main() -> None:
-    """Check, measure, write and print."""
+    """Check, measure, write and print; the exit code says whether all ran and every answer was right."""
     options = parse()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: this suite measures one")
-    device = torch.device("cuda")
-    started, name = time.monotonic(), re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = options.out or ROOT / "bench" / "results" / name / f"{datetime.date.today()}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"suite": "gpu", "device": torch.cuda.get_device_name(), "versions": versions(), "commit": commit()}
-    with out.open("a", encoding="utf-8") as file:
-        if not options.no_tests:
-            tests = check(options.test_minutes)
-            write(file, facts | tests)
-            print(f"correctness: {tests['summary']}", flush=True)  # noqa: T201
-        top = ceiling(device)
-        write(file, facts | {"id": "ceiling", "bandwidth": top.bandwidth, "flops": top.flops})
-        print(f"ceiling: {top.bandwidth / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s", flush=True)  # noqa: T201
-        for family, work in works(options.only):
-            late = time.monotonic() - started > 60 * options.minutes
-            row = {"left_out": "no time"} if late else guarded(work, device, top)
-            row = {"id": work.id, "name": work.name, "family": family, **row}
-            write(file, facts | row)
+    lines = Lines(out, facts)
+    if options.start is not None:
+        measure(lines, options)
+        return
+    started = time.time()
+    if not options.no_tests:
+        tests = check(options.test_minutes)
+        lines.write(tests)
+        print(f"correctness: {tests['summary']}", flush=True)  # noqa: T201
+    child = [sys.executable, "-m", "bench.gpu.suite", *sys.argv[1:]]
+    watch(lines, works(options.only), started + 60 * options.minutes, child)
+    summary = lines.summary()
+    lines.write({"id": "summary", **summary})
+    out.with_suffix(".md").write_text(gpu_table(lines.rows()), encoding="utf-8")
+    print(json.dumps(summary, indent=1), flush=True)  # noqa: T201
+    sys.exit(1 if summary["failed"] else 0)
+
+
+def watch(lines: Lines, todo: list[tuple[str, Work]], until: float, child: Sequence[str]) -> None:
+    """Measure all lines in a process of their own: one that a device's error ends is followed by another.
+
+    Args:
+        lines: the result file.
+        todo: family and line, as the child has them too.
+        until: no line starts after this time (seconds since 1970).
+        child: command that measures from `--start` on.
+    """
+    done = 0
+    while done < len(todo):
+        seen = len(lines.rows())
+        command = [*child, "--start", str(done), "--out", str(lines.path), "--until", str(until)]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        done += sum("family" in row for row in lines.rows()[seen:])
+        if done < len(todo):
+            family, work = todo[done]
+            row = {"id": work.id, "name": work.name, "family": family, "failed": f"the process ended with {code}"}
+            lines.write(row)
             print(line(row), flush=True)  # noqa: T201
+            done += 1
+
+
+def measure(lines: Lines, options: argparse.Namespace) -> None:
+    """The child's part: lines from `--start`, until one leaves the device unusable."""
+    device = torch.device("cuda")
+    top = ceiling(device)
+    lines.write({"id": "ceiling", "bandwidth": top.bandwidth, "flops": top.flops})
+    print(f"ceiling: {top.bandwidth / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s", flush=True)  # noqa: T201
+    for family, work in works(options.only)[options.start :]:
+        row = {"left_out": "no time"} if time.time() > options.until else guarded(work, device, top)
+        row = {"id": work.id, "name": work.name, "family": family, **row}
+        lines.write(row)
+        print(line(row), flush=True)  # noqa: T201
+        torch.cuda.synchronize()  # raises if the device is lost: the parent goes on with the next line
 
 
 def works(only: list[str] | None) -> list[tuple[str, Work]]:
-    """All lines, or those whose id or family is named."""
+    """All lines, or those whose id or family is named; those with a goal come first, the long ones last among them."""
     found = [(family, work) for family in FAMILIES for work in importlib.import_module(f"bench.gpu.{family}").works()]
-    return [(family, work) for family, work in found if not only or work.id in only or family in only]
+    kept = [(family, work) for family, work in found if not only or work.id in only or family in only]
+    return sorted(kept, key=lambda entry: (not entry[1].goals, entry[1].once))
 
 
 def guarded(work: Work, device: torch.device, top: Ceiling) -> dict[str, Any]:
@@ -70,22 +112,29 @@ def guarded(work: Work, device: torch.device, top: Ceiling) -> dict[str, Any]:
     try:
         return measured(work, device, top)
     except Exception as problem:
-        torch.cuda.synchronize()
         return {"failed": f"{type(problem).__name__}: {problem}"[:500], "trace": traceback.format_exc()[-1500:]}
     finally:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def measured(work: Work, device: torch.device, top: Ceiling) -> dict[str, Any]:
     """Correctness first, then times, then what the goals say."""
     contests: list[Contest] = [work.build(device) for _ in range(sets_for(work, device))]
-    wrong = error(contests[0].ours(), contests[0].reference())
-    row: dict[str, Any] = {"error": wrong, "tolerance": contests[0].tolerance, "sets": len(contests)}
-    if not wrong <= contests[0].tolerance:
+    first = contests[0]
+    seconds, answer = time_once(first.ours)
+    wrong = error(answer, first.reference())
+    row: dict[str, Any] = {"error": wrong, "tolerance": first.tolerance, "sets": len(contests)}
+    if not wrong <= first.tolerance:
         return row | {"failed": "wrong answer, not timed"}
-    calls = {"ours": contests[0].ours} | contests[0].peers
-    row["extra_bytes"] = {name: extra_bytes(call) for name, call in calls.items()}
-    row["seconds"] = time_work(work, contests)
+    del answer
+    if work.once:
+        times = {"ours": seconds} | {name: time_once(call)[0] for name, call in first.peers.items()}
+        row |= {"seconds": {name: quantiles([t]) for name, t in times.items()}, "extra_bytes": {}}
+    else:
+        row["seconds"], row["broken_peers"] = time_work(work, contests)
+        calls = {"ours": first.ours} | first.peers
+        row["extra_bytes"] = {name: extra_bytes(calls[name]) for name in row["seconds"]}
     ours = row["seconds"]["ours"]["p50"]
     row |= {"bytes": work.bytes, "flops": work.flops}
     row |= {"bandwidth": work.bytes / ours / top.bandwidth, "compute": work.flops / ours / top.flops}
@@ -107,7 +156,7 @@ def extra_bytes(call: Any) -> int:
 def judged(goal: Goal, row: dict[str, Any]) -> dict[str, Any]:
     """A goal with the figure that was reached; peers are named by how they begin."""
     ours = row["seconds"]["ours"]["p50"]
-    figures = {"microseconds": ours * 1e6, "seconds": ours, "bandwidth": row["bandwidth"]}
+    figures = {"microseconds": ours * 1e6, "seconds": ours, "bandwidth": row["bandwidth"], "error": row["error"]}
     memory = {name: row["extra_bytes"]["ours"] / max(1, extra) for name, extra in row["extra_bytes"].items()}
     peers = {"speedup": row["speedup"], "memory": memory}
     if goal.figure in peers:
@@ -115,7 +164,7 @@ def judged(goal: Goal, row: dict[str, Any]) -> dict[str, Any]:
         reached = min(found) if found else None
     else:
         reached = figures[goal.figure]
-    less = goal.figure in ("microseconds", "seconds", "memory")
+    less = goal.figure in ("microseconds", "seconds", "memory", "error")
     met = reached is not None and (reached <= goal.at if less else reached >= goal.at)
     return {"figure": goal.figure, "peer": goal.peer, "goal": goal.at, "reached": reached, "met": met}
 
@@ -137,60 +186,6 @@ def line(row: dict[str, Any]) -> str:
     return f"{head} {ours:10.2f} us  {shares}  {peers}  {verdict}"
 
 
-def check(minutes: float) -> dict[str, Any]:
-    """The project's own tests of kernels, on this device."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/kernels",
-        "-q",
-        "--ignore=tests/kernels/test_compiled.py",
-        "-p",
-        "no:cacheprovider",
-        *(["-n", "8"] if importlib.util.find_spec("xdist") else []),  # most of the time goes into compiling
-    ]
-    started = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * minutes, check=False)
-        output, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as late:
-        output, code = (late.stdout or b"").decode(), None
-    print(output[-6000:] if code else "", flush=True)  # noqa: T201
-    tail = output.strip().splitlines()[-1:] or ["nothing"]
-    failed = re.findall(r"^FAILED (.+)$", output, re.MULTILINE)
-    return {"id": "tests", "summary": tail[0], "exit": code, "failed_tests": failed, "wall": time.monotonic() - started}
-
-
-def versions() -> dict[str, str]:
-    """Of what decides over speed."""
-    found = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for name in ("triton", "bitsandbytes"):
-        try:
-            found[name] = importlib.import_module(name).__version__
-        except Exception as missing:
-            found[name] = f"none ({type(missing).__name__})"
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return found | {"driver and clocks": driver.stdout.strip()}
-
-
-def commit() -> str:
-    """Of the tree that is measured; `RANKWISE_COMMIT` where it is no repository."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return os.environ.get("RANKWISE_COMMIT") or found.stdout.strip() or "unknown"
-
-
-def write(file: Any, row: dict[str, Any]) -> None:
-    """One JSON line, on disk at once."""
-    file.write(json.dumps(row) + "\n")
-    file.flush()
-
-
 def parse() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,6 +194,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9, help="start no line later than this")
     parser.add_argument("--test-minutes", type=float, default=4, help="for the tests of correctness")
     parser.add_argument("--no-tests", action="store_true", help="measure alone")
+    parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

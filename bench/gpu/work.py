@@ -31,8 +31,8 @@ class Goal:
     """What a line is to reach.
 
     Args:
-        figure: `microseconds`, `seconds`, `bandwidth` (share of the measured ceiling), `speedup` over `peer`, or
-            `memory`: what a call takes beside its inputs, as a multiple of what `peer` takes.
+        figure: `microseconds`, `seconds`, `error`, `bandwidth` (share of the measured ceiling), `speedup` over `peer`,
+            or `memory`: what a call takes beside its inputs, as a multiple of what `peer` takes.
         at: the bound: at least for speedup and bandwidth, at most for the others.
         peer: how its name begins, for `speedup` and `memory`.
     """
@@ -56,6 +56,7 @@ class Work:
         goals: may be none.
         cold: rotate over many sets of inputs; False for work that takes milliseconds.
         graph: capture in a CUDA graph; False where the work synchronises.
+        once: every call is made once, and that is its time; for what takes many seconds.
     """
 
     id: str
@@ -66,3 +67,4 @@ class Work:
     goals: tuple[Goal, ...] = field(default=())
     cold: bool = True
     graph: bool = True
+    once: bool = False

@@ -12,6 +12,7 @@ from rankwise.kernels.members import Dense, LowRank, Pivot
 from rankwise.kernels.nf4 import NF4, nf4_linear, nf4_lowrank, quantize_nf4, repack_nf4
 from rankwise.kernels.pack import Packed, pack, packed_linear
 from rankwise.kernels.pivot import pivot_linear
+from rankwise.kernels.quantized import quantized_linear, quantized_lowrank, quantized_pivot
 
 __all__ = [
     "NF4",
@@ -33,6 +34,9 @@ __all__ = [
     "pivot_linear",
     "quantize_int4",
     "quantize_nf4",
+    "quantized_linear",
+    "quantized_lowrank",
+    "quantized_pivot",
     "repack_int4",
     "repack_nf4",
 ]

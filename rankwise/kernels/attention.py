@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rankwise.errors import RankwiseError
+from rankwise.kernels import native
 from rankwise.kernels.backend import cdiv, launch, power_of_two, sm_count, tl, triton, use_triton
 from rankwise.kernels.paged import attend, checked, gather_pages, online_softmax, page_rows, scales
 
@@ -151,12 +152,31 @@ def decode_attention(
         RankwiseError: the heads do not divide, the caches differ, or an option is out of its range.
     """
     scale, window, softcap = checked(q, k_cache, v_cache, scale, window, softcap)
+    whole = not softcap and q.shape[2] % native.LANES == 0
+    places = block_table.dtype == context_lens.dtype == torch.int32 and context_lens.is_contiguous()
+    if whole and places and native.usable(q, k_cache, v_cache):
+        return _native(q, k_cache, v_cache, block_table, context_lens, scale, window)
     if not use_triton(q):
         return decode_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap)
     if split < 16 or split != power_of_two(split):
         raise RankwiseError("split", split, "a power of two from 16")
     longest = max_context or block_table.shape[1] * k_cache.shape[1]
     return _op(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, longest, split)
+
+
+def _native(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    context_lens: torch.Tensor, scale: float, window: int,
+) -> torch.Tensor:  # fmt: skip
+    """In `native.c`: pages are read where they lie, a key head of a sequence by one thread."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    strides = *q.stride()[:2], *k_cache.stride()[:3], block_table.stride(0)
+    sizes = q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], window, *strides
+    work = block_table.numel() * k_cache.stride(0)
+    tensors = q, k_cache, v_cache, block_table, context_lens, out
+    if native.call("decode", work, *tensors, sizes, len(q), scale, native.wide(q)):
+        raise MemoryError("no memory for the scores of decode_attention")
+    return out
 
 
 def decode_attention_reference(

@@ -1,4 +1,4 @@
-"""Which arithmetic runs: Triton on a GPU, plain PyTorch elsewhere, or either one by force; and how kernels start.
+"""Which arithmetic runs: Triton on a GPU, PyTorch and `native.c` elsewhere, or either by force; how kernels start.
 
 Kernel files take `triton` and `tl` from here, so that they can be imported where Triton is not installed.
 """
@@ -40,6 +40,7 @@ __all__ = [
     "backend",
     "capability",
     "cdiv",
+    "chosen",
     "launch",
     "power_of_two",
     "recording",
@@ -64,6 +65,7 @@ def _from_environment() -> str:
 
 _chosen = _from_environment()
 _recorder: list["Launch"] | None = None
+_pretended = 0
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,21 @@ def use_triton(x: torch.Tensor) -> bool:
     """
     if _chosen == "auto":
         return AVAILABLE and x.is_cuda and x.dtype in DTYPES
-    if _chosen == "triton" and not (AVAILABLE and (x.is_cuda or INTERPRETED or _recorder is not None)):
-        allowed = "a CUDA tensor with Triton installed, or TRITON_INTERPRET=1"
-        raise RankwiseError("kernels", f"triton on {x.device.type}", allowed)
+    runs = AVAILABLE and (x.is_cuda or INTERPRETED or _recorder is not None) and x.dtype in DTYPES
+    if _chosen == "triton" and not runs:
+        allowed = "a CUDA tensor in fp16, bf16 or fp32 with Triton installed, or TRITON_INTERPRET=1"
+        raise RankwiseError("kernels", f"triton on {x.device.type} in {x.dtype}", allowed)
     return _chosen == "triton"
+
+
+def chosen() -> str:
+    """`auto`, or what is forced: `torch` or `triton`."""
+    return _chosen
 
 
 @contextmanager
 def backend(choice: str) -> Iterator[None]:
-    """Force `torch` or `triton`, or go back to `auto`, while the context lasts.
+    """Force `torch` (plain, without `native.c`) or `triton`, or go back to `auto`, while the context lasts.
 
     The environment variable RANKWISE_KERNELS does it for a whole process.
     """
@@ -120,17 +128,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **more: Any) -> None:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording(capability: int = 0) -> Iterator[list[Launch]]:
     """Note kernels instead of starting them: so they can be compiled for a chip that is not here.
 
     Their tensors may be on the meta device.
+
+    Args:
+        capability: of the chip that launchers are to choose their tiles for.
     """
-    global _recorder
-    before, _recorder = _recorder, []
+    global _recorder, _pretended
+    before, _recorder, _pretended = (_recorder, _pretended), [], capability
     try:
         yield _recorder
     finally:
-        _recorder = before
+        _recorder, _pretended = before
 
 
 def sm_count(device: torch.device) -> int:
@@ -139,8 +150,8 @@ def sm_count(device: torch.device) -> int:
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, 90 for Hopper; 0 where there is no CUDA device."""
-    return _capability(device.index) if device.type == "cuda" else 0
+    """Compute capability as one number, 90 for Hopper; without a CUDA device what `recording` pretends, or 0."""
+    return _capability(device.index) if device.type == "cuda" else _pretended
 
 
 def cdiv(a: int, b: int) -> int:

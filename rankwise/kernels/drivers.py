@@ -21,6 +21,7 @@ PASSES = {torch.float32: 1e-4, torch.float64: 1e-10}  # largest entry of |Q Qᵀ
 PROBES = 4
 MEDIUM = 1024  # rows beyond which one call for a batch, and drivers of last resort, are not measured
 FAILED = 1e9  # seconds
+HOPELESS, COMPILING = 4, 2.0  # times the best one's seconds, and seconds more, after which a driver is not run again
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,15 @@ def measured(names: Sequence[str], problems: Sequence[Problem], streams: int) ->
     times = _times[key]
     missing = [name for name in names if name not in times]
     for name in missing:
-        times[name] = _seconds(name, problems, streams)
+        times[name] = _seconds(name, problems, streams, min(times.values(), default=FAILED))
     if missing:
         with suppress(OSError, RankwiseError):  # a folder that cannot be written to: measured again next time
             write_json(_file(), _kept() | {key: times})
     return times
 
 
-def _seconds(name: str, problems: Sequence[Problem], streams: int) -> float:
-    """Of the second of two runs, for the first one loads and compiles."""
+def _seconds(name: str, problems: Sequence[Problem], streams: int, best: float) -> float:
+    """Of the second of two runs, for the first one loads and compiles; of the first where that is hopeless already."""
     driver, device, start = DRIVERS[name], problems[0].rows.device, 0.0
     try:
         for _ in range(2):
@@ -136,6 +137,8 @@ def _seconds(name: str, problems: Sequence[Problem], streams: int) -> float:
             start = perf_counter()
             driver.run(problems, driver.dtype, streams)
             _wait(device)
+            if perf_counter() - start > HOPELESS * best + COMPILING:
+                break
     except RuntimeError:  # no convergence, no memory, or a library that refuses the size
         return FAILED
     return perf_counter() - start

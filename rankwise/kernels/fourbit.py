@@ -216,7 +216,7 @@ def product(x: torch.Tensor, w: Fragments, bias: torch.Tensor | None) -> torch.T
     """`x Wᵀ + b` by kernels, `[..., m]`; no gradient."""
     if x.shape[-1] != w.n:
         raise RankwiseError("x", tuple(x.shape), f"the last dimension is {w.n}, as the weights have columns")
-    return _linear_op(x.reshape(-1, w.n), *w, bias).view(*x.shape[:-1], w.m)
+    return _linear_op(x.reshape(-1, w.n), *w, None if bias is None else bias.contiguous()).view(*x.shape[:-1], w.m)
 
 
 def pair(x: torch.Tensor, v: Fragments, u: Fragments, bias: torch.Tensor | None, overlap: bool) -> torch.Tensor:
@@ -224,5 +224,5 @@ def pair(x: torch.Tensor, v: Fragments, u: Fragments, bias: torch.Tensor | None,
     rows = x.reshape(-1, x.shape[-1])
     if not _takes(rows, FEW) or x.shape[-1] != v.n or u.n != v.m or v.name != u.name:
         return product(product(x, v, None), u, bias)
-    y = _pair_op(rows, *v[:5], *u, bias, overlap)
+    y = _pair_op(rows, *v[:5], *u, None if bias is None else bias.contiguous(), overlap)
     return y.view(*x.shape[:-1], u.m)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from rankwise.kernels.backend import capability, cdiv, launch, tl, triton
+from rankwise.kernels.precision import tf32_allowed
 
 CHUNK = 128  # rows that are summed at once
+WIDE = (90, 100, 103)  # compute capabilities whose matrix units leave registers free: tiles may be twice as wide
 
 
 @triton.jit
@@ -92,16 +94,18 @@ def _product(
     offset = row[:, None] * stride_c + column[None, :]
     if HAS_BIAS:
         total += tl.load(bias + first_column + column, mask=column < left_columns, other=0.0)[None, :].to(tl.float32)
+    live = column < left_columns  # memory behind other columns may hold anything, NaN too
     if LIMIT_COLUMNS:
-        total = tl.where((first_column + column < kept)[None, :], total, 0.0)
+        live = live & (first_column + column < kept)
+        total = tl.where(live[None, :], total, 0.0)
     if STORE_PLAIN:
         tl.store(c + corner + offset, total.to(c.dtype.element_ty), mask=inside)
     if HAS_SUMS:
-        beside = tl.load(other + corner + offset, mask=inside, other=0.0).to(tl.float32)
+        beside = tl.load(other + corner + offset, mask=inside & live[None, :], other=0.0).to(tl.float32)
         to_sums = sums + row_tile.to(tl.int64) * columns + first_column + column
         tl.store(to_sums, tl.sum(total * beside, axis=0), mask=column < left_columns)
     if HAS_MASK:
-        factor = tl.load(mask + first_column + column, mask=column < left_columns, other=0.0).to(tl.float32)
+        factor = tl.load(mask + first_column + column, mask=live, other=0.0).to(tl.float32)
         tl.store(c_masked + corner + offset, (total * factor[None, :]).to(c_masked.dtype.element_ty), mask=inside)
 
 
@@ -142,8 +146,8 @@ def tiles_for(dtype: torch.dtype, device: torch.device, rows: int, *, even: bool
         return Tiles(64, 64, 32, 4, 3)
     if rows <= 64:
         return Tiles(64, 128, 64, 4, 3)
-    hopper = capability(device) in (0, 90)
-    return Tiles(128, 256 if hopper and not sums else 128, 64, 8, 3)
+    wide = capability(device) in WIDE and not sums
+    return Tiles(128, 256 if wide else 128, 64, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def product(
     masked = a.new_empty(rows, columns) if e.mask is not None else None
     sums = None if e.other is None else torch.zeros(row_tiles, columns, dtype=torch.float32, device=a.device)
     grid = (row_tiles * cdiv(columns, t.columns),)
-    exact = a.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    exact = a.dtype != torch.float32 or not tf32_allowed()
     launch(
         _product,
         grid,

@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import linear
 
-from rankwise.kernels.pack import alignment, few_tokens, rows_of, table_of
-from rankwise.kernels.packed import packed
+from rankwise.kernels.alone import alone
+from rankwise.kernels.pack import few_tokens, rows_of
 
 
 def lowrank_linear(x: torch.Tensor, v: torch.Tensor, u: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -22,9 +22,6 @@ def lowrank_linear(x: torch.Tensor, v: torch.Tensor, u: torch.Tensor, bias: torc
     Returns:
         `[..., m]`.
     """
-    if not few_tokens(x, v, u):
+    if not few_tokens(x, v, u, bias):
         return linear(linear(x, v), u, bias)
-    shapes = ((len(u), len(v), len(u)),)
-    factors = v.contiguous(), u.reshape(-1), table_of(shapes, x.device)
-    y = packed(rows_of(x), *factors, None, bias, None, len(u), alignment(shapes), False, None)
-    return y.reshape(*x.shape[:-1], len(u))
+    return alone(rows_of(x), v, u, None, bias, len(u)).reshape(*x.shape[:-1], len(u))

@@ -81,25 +81,26 @@ def _(g: Any, h: Any, v: Any, m: Any, u: Any, rank: Any) -> Any:
     return g.new_empty(len(g), v.shape[1]), g.new_empty(len(v), dtype=torch.float32), torch.empty_like(h)
 
 
-class _Fused(torch.autograd.Function):
-    """Triton's way: x, V, m, U as in `masked_forward`, all two-dimensional and contiguous."""
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, v, m, u, _, rank = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, output[1], v, m, u, rank)
 
-    @staticmethod
-    def forward(ctx: Any, x: Any, v: Any, m: Any, u: Any, bias: Any, rank: Any) -> Any:
-        y, h = masked_forward(x, v, m, u, bias, rank)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, h, v, m, u, rank)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        x, h, v, m, u, rank = ctx.saved_tensors
-        _, wants_v, _, wants_u, wants_bias, _ = ctx.needs_input_grad
-        g = g.contiguous()
-        dx, dm, dh = masked_backward(g, h, v, m, u, rank)
-        dv = _within(dh.T @ x, rank, 0) if wants_v else None
-        du = _within(g.T @ (h * m.to(h.dtype)), rank, 1) if wants_u else None
-        return dx, dv, dm.to(m.dtype), du, g.sum(0) if wants_bias else None, None
+def _gradients(ctx: Any, g: torch.Tensor | None, _: Any) -> Any:
+    if g is None:
+        return None, None, None, None, None, None
+    x, h, v, m, u, rank = ctx.saved_tensors
+    _, wants_v, _, wants_u, wants_bias, _ = ctx.needs_input_grad
+    g = g.contiguous()
+    dx, dm, dh = masked_backward(g, h, v, m, u, rank)
+    dv = _within(dh.T @ x, rank, 0) if wants_v else None
+    du = _within(g.T @ (h * m.to(h.dtype)), rank, 1) if wants_u else None
+    return dx, dv, dm.to(m.dtype), du, g.sum(0) if wants_bias else None, None
+
+
+masked_forward.register_autograd(_gradients, setup_context=_remember)
 
 
 class _Masked(torch.autograd.Function):
@@ -185,12 +186,15 @@ def masked_matmul(
             that). An int32 scalar tensor promises less and saves more: m counts as 0 from there on, nothing there
             is computed or gets a gradient, and the host never waits to learn the number.
 
+    fp32 products are exact (IEEE) unless the process allows TF32 (`torch.backends.cuda.matmul`), here as in PyTorch.
+
     Returns:
         `[..., m_out]`.
     """
     rank = keep if isinstance(keep, torch.Tensor) and keep.ndim == 0 else None
     if use_triton(x) and (keep is None or rank is not None):
-        y = _Fused.apply(_rows(x).contiguous(), v.contiguous(), m.contiguous(), u.contiguous(), bias, rank)
+        row = None if bias is None else bias.contiguous()
+        y, _ = masked_forward(_rows(x).contiguous(), v.contiguous(), m.contiguous(), u.contiguous(), row, rank)
         return y.reshape(*x.shape[:-1], len(u))
     if rank is not None:
         m, keep = torch.where(torch.arange(len(m), device=m.device) < rank, m, 0), None

@@ -3,6 +3,7 @@
 import torch
 
 from rankwise.errors import RankwiseError
+from rankwise.kernels import native
 from rankwise.kernels.backend import cdiv, launch, power_of_two, tl, triton, use_triton
 
 
@@ -86,6 +87,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: b
         RankwiseError: `weight` is not `[n]`.
     """
     _check(x, weight)
+    if native.usable(x, weight):
+        return _native(x, None, weight, eps, offset)[0]
     if not use_triton(x):
         return rms_norm_reference(x, weight, eps, offset)
     return _op(x, None, weight, eps, offset)[0]
@@ -114,8 +117,23 @@ def add_rms_norm(
         raise RankwiseError("residual", [*residual.shape], f"shape {[*x.shape]} and dtype {x.dtype}, as x has")
     if use_triton(x):
         return _op(x, residual, weight, eps, offset)
+    if native.usable(x, residual, weight):
+        return _native(x, residual, weight, eps, offset)
     total = x + residual
     return rms_norm_reference(total, weight, eps, offset), total
+
+
+def _native(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype)
+    summed = out if residual is None else torch.empty_like(out)
+    beside = None if residual is None else residual.contiguous()
+    x, inner = _rows(x)
+    sizes = x.shape[0] * inner, inner, n, x.stride(0), x.stride(-2)
+    native.call("norm", out.numel(), x, beside, weight, out, summed, *sizes, eps, float(offset), native.wide(out))
+    return out, summed
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: bool = False) -> torch.Tensor:

@@ -9,11 +9,13 @@ import torch
 from torch.nn.functional import rms_norm, silu
 
 from rankwise.errors import RankwiseError
+from rankwise.kernels import native
 from rankwise.kernels.backend import use_triton
 from rankwise.kernels.expand import FIELDS, TILE
 from rankwise.kernels.host import host_linear, prepare
 from rankwise.kernels.members import Member, Pivot
 from rankwise.kernels.packed import MOST_TOKENS, packed
+from rankwise.kernels.swiglu import swiglu as gated_activation
 
 ALIGN = 8  # elements; 16 bytes in 16-bit dtypes
 
@@ -31,6 +33,7 @@ class Packed:
         index: its inverse.
         bias: `[Σ m]` or None.
         shapes: per member, outputs, rank and rows of its second factor.
+        alike: two members whose tiles lie alike: one may gate the other.
     """
 
     first: torch.Tensor
@@ -41,6 +44,7 @@ class Packed:
     index: torch.Tensor | None
     bias: torch.Tensor | None
     shapes: tuple[tuple[int, int, int], ...]
+    alike: bool
 
     @property
     def outputs(self) -> list[int]:
@@ -67,6 +71,8 @@ def pack(members: Sequence[Member], biases: Sequence[torch.Tensor | None] | None
     if len(inputs) != 1:
         raise RankwiseError("members", sorted(map(str, inputs)), "layers with one input size, dtype and device")
     shapes = tuple((m.outputs, len(m.first), len(m.second)) for m in members)
+    if any(rank == 0 for _, rank, _ in shapes):
+        raise RankwiseError("members", "a factor of rank 0", "ranks from 1")
     device = members[0].first.device
     place = index = bias = None
     if any(isinstance(member, Pivot) for member in members):
@@ -80,7 +86,8 @@ def pack(members: Sequence[Member], biases: Sequence[torch.Tensor | None] | None
     second = torch.cat([member.second.reshape(-1) for member in members])
     sizes = [rank * rows for _, rank, rows in shapes]
     parts = [flat.view(rows, rank) for flat, (_, rank, rows) in zip(second.split(sizes), shapes, strict=True) if rows]
-    return Packed(first, second, tuple(parts), table_of(shapes, device), place, index, bias, shapes)
+    alike = len(shapes) == 2 and _tiles(shapes[0]) == _tiles(shapes[1])
+    return Packed(first, second, tuple(parts), table_of(shapes, device), place, index, bias, shapes, alike)
 
 
 def prepared(group: Packed) -> Packed:
@@ -101,8 +108,25 @@ def alignment(shapes: Sequence[tuple[int, int, int]]) -> int:
     return ALIGN if all(rank % ALIGN == 0 for _, rank, rows in shapes if rows) else 1
 
 
+Shapes = tuple[tuple[int, int, int], ...]
+
+
+def table_of(shapes: Shapes, device: torch.device) -> torch.Tensor:
+    """`entries` as int32 `[tiles, FIELDS]`, made once for each device."""
+    key = shapes, device
+    if key in _tables:
+        return _tables[key]
+    table = torch.tensor(entries(shapes), dtype=torch.int32, device=device).reshape(-1, FIELDS)
+    if type(table) is torch.Tensor:  # no tensor of a tracer, that must not outlive its trace
+        _tables[key] = table
+    return table
+
+
+_tables: dict[tuple[Shapes, torch.device], torch.Tensor] = {}
+
+
 @lru_cache(maxsize=1024)
-def table_of(shapes: tuple[tuple[int, int, int], ...], device: torch.device) -> torch.Tensor:
+def entries(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
     """One row a tile of at most 32 outputs: what one program of the second kernel does.
 
     Fields: where the tile's part of the second factors starts, and its rank (0: copy), both counted in `alignment`
@@ -110,19 +134,18 @@ def table_of(shapes: tuple[tuple[int, int, int], ...], device: torch.device) -> 
 
     Args:
         shapes: per member, outputs, rank and rows of the second factor. Outputs without such a row are copies.
-        device: where the table is wanted.
     """
     unit, tiles = alignment(shapes), []
     component = offset = output = 0
     for outputs, rank, rows in shapes:
         copies = outputs - rows
         for start in range(0, copies, TILE):
-            tiles.append([0, 0, component + start, min(TILE, copies - start), output + start])
+            tiles.append((0, 0, component + start, min(TILE, copies - start), output + start))
         for start in range(0, rows, TILE):
             count = min(TILE, rows - start)
-            tiles.append([(offset + start * rank) // unit, rank // unit, component, count, output + copies + start])
+            tiles.append(((offset + start * rank) // unit, rank // unit, component, count, output + copies + start))
         component, offset, output = component + rank, offset + rows * rank, output + outputs
-    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, FIELDS)
+    return tuple(tiles)
 
 
 def packed_linear(
@@ -151,9 +174,11 @@ def packed_linear(
     """
     if swiglu and (len(group.shapes) != 2 or len(set(group.outputs)) != 1 or group.place is not None):
         raise RankwiseError("swiglu", group.shapes, "two layers, dense or lowrank, with the same number of outputs")
-    gated = swiglu and _tiles(group.shapes[0]) == _tiles(group.shapes[1])
-    if not few_tokens(x, group.first) or gated != swiglu:
+    gated = swiglu and group.alike
+    if not few_tokens(x, group.first, group.second, group.bias, residual) or gated != swiglu:
         return packed_reference(x, group, residual, swiglu=swiglu, eps=eps)
+    if eps is not None and x.dtype == torch.float16:  # what the first factors make of an input as it is may overflow
+        x, eps = rms_norm(x, x.shape[-1:], eps=eps), None
     outputs = group.outputs[0] if gated else sum(group.outputs)
     flat = rows_of(x)
     beside = None if residual is None else residual.reshape(len(flat), outputs).contiguous()
@@ -161,10 +186,11 @@ def packed_linear(
     return packed(*tensors, outputs, group.align, gated, eps).reshape(*x.shape[:-1], outputs)
 
 
-def few_tokens(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Whether the kernels for a few tokens run: in Triton, with 1 to 64 tokens, and no gradient wanted."""
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-    return not wanted and use_triton(x) and 0 < prod(x.shape[:-1]) <= MOST_TOKENS
+def few_tokens(x: torch.Tensor, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the kernels for a few tokens run: in Triton, 1 to 64 tokens, a rank above 0, and no gradient wanted."""
+    tensors = [tensor for tensor in (x, first, *others) if tensor is not None]
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not wanted and use_triton(x) and 0 < prod(x.shape[:-1]) <= MOST_TOKENS and len(first) > 0
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -173,10 +199,9 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-@lru_cache(maxsize=1024)
-def _tiles(shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """Where a member's tiles start: gates and what they gate must lie alike."""
-    return tuple(table_of((shape,), torch.device("cpu"))[:, 4].tolist())
+def _tiles(shape: tuple[int, int, int]) -> list[int]:
+    """Where a member's tiles start."""
+    return [entry[4] for entry in entries((shape,))]
 
 
 def packed_reference(
@@ -210,5 +235,5 @@ def packed_reference(
 def _finish(y: torch.Tensor, residual: torch.Tensor | None, *, swiglu: bool) -> torch.Tensor:
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
-        y = silu(gate) * up
+        y = gated_activation(gate, up) if native.usable(gate, up) else silu(gate) * up
     return y if residual is None else y + residual

@@ -63,12 +63,13 @@ def run(
         pdl: let the second kernel start before the first one ends (from compute capability 9.0).
     """
     tokens, inner = x.shape
-    sizes: dict[str, Any] = sizes_for(tokens, x.dtype) | {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+    sizes: dict[str, Any] = sizes_for(tokens, x.dtype) | {"PDL": pdl}
     splits = splits_for(tokens, inner, len(first), sizes["ROWS"], sm_count(x.device))
     y = x.new_empty(tokens, outputs)
     shrunk = shrink(x, first, splits, sizes, squares=eps is not None)
     tensors = second, table, place, bias, residual, y
-    expand(shrunk, *tensors, sizes, inner=inner, align=align, gated=gated, eps=eps)
+    early = {"launch_pdl": True} if pdl else {}  # of the second kernel only: the first one waits for whoever makes x
+    expand(shrunk, *tensors, sizes | early, inner=inner, align=align, gated=gated, eps=eps)
     return y
 
 

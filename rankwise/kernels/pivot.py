@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import linear
 
-from rankwise.kernels.pack import alignment, few_tokens, rows_of, table_of
-from rankwise.kernels.packed import packed
+from rankwise.kernels.alone import alone
+from rankwise.kernels.pack import few_tokens, rows_of
 
 
 def pivot_linear(
@@ -29,12 +29,9 @@ def pivot_linear(
     Returns:
         `[..., m]`.
     """
-    if few_tokens(x, basis, coeff):
-        shapes = ((len(index), len(basis), len(coeff)),)
+    if few_tokens(x, basis, coeff, bias):
         place = torch.argsort(index.long()).to(torch.int32)
-        factors = basis.contiguous(), coeff.reshape(-1), table_of(shapes, x.device), place
-        out = packed(rows_of(x), *factors, bias, None, len(index), alignment(shapes), False, None)
-        return out.reshape(*x.shape[:-1], len(index))
+        return alone(rows_of(x), basis, coeff, place, bias, len(index)).reshape(*x.shape[:-1], len(index))
     pivots = linear(x, basis)
     y = torch.cat([pivots, linear(pivots, coeff)], dim=-1).index_select(-1, index)
     return y if bias is None else y + bias

@@ -7,6 +7,12 @@ from typing import Any
 import torch
 
 
+def tf32_allowed() -> bool:
+    """Whether the process lets fp32 products on a GPU run in TF32, by either of PyTorch's two switches."""
+    matmul: Any = torch.backends.cuda.matmul
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No TF32, no bf16 and no autocast in matrix products while the context lasts, whatever the caller chose.

@@ -5,6 +5,7 @@ The rotated pair of component i is `i + rotary_dim / 2`, the layout of the Llama
 
 import torch
 
+from rankwise.kernels import native
 from rankwise.kernels.backend import cdiv, launch, power_of_two, tl, triton, use_triton
 
 HEADS = 8  # of a program
@@ -180,10 +181,25 @@ def rotary_to_cache_(
     """
     if use_triton(q):
         _to_cache_op(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
+    elif _suits(q, k, v, cos, sin, positions, k_cache, v_cache, slots):
+        strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), *k_cache.stride()[:3]
+        sizes = q.shape[1], k.shape[1], q.shape[2], cos.shape[1], k_cache.shape[1], *strides
+        tensors = q, k, v, k_cache, v_cache, cos, sin, positions, slots
+        native.call("rotary", q.numel(), *tensors, sizes, len(q), native.wide(q))
     else:
         c, s = _angles(cos, sin, positions)
         q.copy_(rotate_reference(q, c, s))
         write_cache_reference(rotate_reference(k, c, s), v, k_cache, v_cache, slots)
+
+
+def _suits(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+) -> bool:  # fmt: skip
+    """Whether `native.c` does it: fp32 angles, int32 places, caches in the dtype of q."""
+    angles = cos.dtype == sin.dtype == torch.float32 and cos.stride() == sin.stride() and cos.stride(-1) == 1
+    places = positions.dtype == slots.dtype == torch.int32 and positions.is_contiguous() and slots.is_contiguous()
+    return angles and places and k_cache.stride() == v_cache.stride() and native.usable(q, k, v, k_cache, v_cache)
 
 
 def write_cache_(

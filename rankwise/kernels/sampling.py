@@ -118,35 +118,78 @@ def sample(
     if temperature is not None:
         logits = logits / temperature.masked_fill(temperature == 0, 1)[:, None]
     if top_k is None and top_p is None:
-        drawn = _sample_unsorted(logits, uniform, min_p)
+        drawn = draw(_unsorted(logits, min_p), uniform)
     else:
-        k = torch.zeros_like(uniform, dtype=torch.int64) if top_k is None else top_k.to(torch.int64)
-        share = torch.ones_like(uniform) if top_p is None else top_p
-        drawn = _sample_sorted(logits, uniform, k, share, min_p)
+        k, share = _filters(logits, top_k, top_p)
+        largest, order = _sorted(logits, k, share, min_p)
+        drawn = order.gather(-1, draw(largest, uniform)[:, None])[:, 0]
         free = (k == 0) & (share >= 1)
         if logits.device.type != "cpu" or bool(free.any()):
-            drawn = torch.where(free, _sample_unsorted(logits, uniform, min_p), drawn)
+            drawn = torch.where(free, draw(_unsorted(logits, min_p), uniform), drawn)
     return drawn if temperature is None or greedy is None else torch.where(temperature == 0, greedy, drawn)
 
 
-def _inverse(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """First place of each row where the running sum exceeds the share `uniform` of the whole; p is not 0 there."""
+def probabilities(
+    logits: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The distributions that `sample` draws from, filters included.
+
+    Args:
+        logits: `[rows, vocabulary]`.
+        temperature: `[rows]` fp32, above 0.
+        top_k: as for `sample`, and likewise the others.
+
+    Returns:
+        `[rows, vocabulary]` fp32; each row sums to 1.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature is not None:
+        logits = logits / temperature[:, None]
+    p = _unsorted(logits, min_p)
+    if top_k is not None or top_p is not None:
+        k, share = _filters(logits, top_k, top_p)
+        largest, order = _sorted(logits, k, share, min_p)
+        free = (k == 0) & (share >= 1)
+        p = torch.where(free[:, None], p, torch.zeros_like(p).scatter(-1, order, largest))
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """First place of each row where the running sum exceeds the share `uniform` of the whole; p is not 0 there.
+
+    Args:
+        p: `[rows, places]`, at least 0 and not 0 everywhere; a row need not sum to 1.
+        uniform: `[rows]` in [0, 1).
+    """
     running = p.cumsum(-1)
     goal = running[:, -1] * uniform
     beyond = (running > torch.minimum(goal, running[:, -1].nextafter(torch.zeros_like(goal)))[:, None]) & (p > 0)
     return beyond.to(torch.uint8).argmax(-1)
 
 
-def _sample_unsorted(logits: torch.Tensor, uniform: torch.Tensor, min_p: torch.Tensor | None) -> torch.Tensor:
-    """Draw in the order of the vocabulary."""
+def _filters(
+    logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-k and top-p of each row; 0 and 1 for none."""
+    rows, device = len(logits), logits.device
+    k = torch.zeros(rows, dtype=torch.int64, device=device) if top_k is None else top_k.to(torch.int64)
+    return k, torch.ones(rows, dtype=torch.float32, device=device) if top_p is None else top_p
+
+
+def _unsorted(logits: torch.Tensor, min_p: torch.Tensor | None) -> torch.Tensor:
+    """What is drawn from in the order of the vocabulary."""
     p = logits.softmax(-1)
-    return _inverse(p if min_p is None else p * (p >= p.amax(-1, keepdim=True) * min_p[:, None]), uniform)
+    return p if min_p is None else p * (p >= p.amax(-1, keepdim=True) * min_p[:, None])
 
 
-def _sample_sorted(
-    logits: torch.Tensor, uniform: torch.Tensor, k: torch.Tensor, share: torch.Tensor, min_p: torch.Tensor | None
-) -> torch.Tensor:
-    """Draw in descending order of probability; k 0 and share 1 for none."""
+def _sorted(
+    logits: torch.Tensor, k: torch.Tensor, share: torch.Tensor, min_p: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is drawn from in descending order of probability, and its tokens; k 0 and share 1 for none."""
     k, share = k[:, None], share[:, None]
     whole = logits.logsumexp(-1, keepdim=True)
     values, order = _largest(logits, whole, k, share)
@@ -156,7 +199,7 @@ def _sample_sorted(
     p = p * (p.cumsum(-1) - p < share)
     if min_p is not None:
         p = p * (p >= p[:, :1] * min_p[:, None])
-    return order.gather(-1, _inverse(p, uniform)[:, None])[:, 0]
+    return p, order
 
 
 def _largest(

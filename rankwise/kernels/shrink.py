@@ -6,7 +6,7 @@ order of the splits, so results repeat to the bit.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class Shrunk:
     ranks: int
 
 
-@lru_cache(maxsize=64)
+@cache  # captured graphs hold their addresses
 def counters(device: torch.device, stream: int, count: int) -> torch.Tensor:
     """Zeros that every call leaves zero: how many programs of a tile have arrived. One set for a stream."""
     return torch.zeros(count, dtype=torch.int32, device=device)

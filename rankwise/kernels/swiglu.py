@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from rankwise.errors import RankwiseError
+from rankwise.kernels import native
 from rankwise.kernels.backend import cdiv, launch, tl, triton, use_triton
 
 BLOCK = 1024
@@ -37,7 +38,7 @@ _op.register_fake(lambda gate, up, is_gelu: gate.new_empty(gate.shape))
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) · up`, `silu(x) = x / (1 + e^-x)`; on a GPU in one pass, computed in fp32.
+    """`silu(gate) · up`, `silu(x) = x / (1 + e^-x)`; in one pass, computed in fp32, on a GPU or in `native.c`.
 
     Args:
         gate: `[..., n]`, floating point; may be half of a packed projection, `gate, up = packed.chunk(2, -1)`.
@@ -50,7 +51,18 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         RankwiseError: gate and up differ in shape or dtype.
     """
     _check(gate, up)
+    if native.usable(gate, up):
+        return _native(gate, up)
     return _op(gate, up, False) if use_triton(gate) else silu(gate) * up
+
+
+def _native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    n = gate.shape[-1]
+    gate, up = gate.reshape(-1, n), up.reshape(-1, n)
+    sizes = len(gate), n, gate.stride(0), up.stride(0)
+    native.call("gated", out.numel(), gate, up, out, *sizes, native.wide(out))
+    return out
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

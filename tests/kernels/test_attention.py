@@ -11,6 +11,7 @@ from tensors import BACKENDS, DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton,
 
 from rankwise.errors import RankwiseError
 from rankwise.kernels.attention import decode_attention
+from rankwise.kernels.backend import backend as forced
 
 RAGGED = [1, 0, 37, 16, 70]
 # heads, kv_heads, head_dim, block, window, soft-cap
@@ -119,6 +120,20 @@ def test_a_sequence_is_alike_alone_and_in_any_batch(dtype: torch.dtype) -> None:
             one = Pages([], [], pages.k_cache, pages.v_cache, pages.table[row : row + 1], pages.context_lens[row:][:1])
             assert torch.equal(decode(q[row : row + 1], one, split=16)[0], together[row])
             assert torch.equal(decode(q[row : row + 1], one, split=16, max_context=512)[0], together[row])
+
+
+@pytest.mark.parametrize("choice", ["auto", "torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("entry", [NOWHERE, -1, -NOWHERE])
+@pytest.mark.parametrize("contexts", [[0, 1], [0, 20, 17], [1, 0]])
+def test_a_padding_row_does_not_follow_its_table(contexts: list[int], entry: int, choice: str) -> None:
+    """Together with short contexts it once did, and read outside the cache."""
+    pages = paged(contexts, 2, 16, 4, torch.float32)
+    pages.table[contexts.index(0)] = entry
+    q = draw(len(contexts), 4, 16, dtype=torch.float32)
+    with forced(choice):
+        y = decode(q, pages)
+    assert not y[contexts.index(0)].any()
+    assert relative_error(y, expected(q, pages, None, None)) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=needs_triton)])

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error
 
+from rankwise.errors import RankwiseError
 from rankwise.kernels import lowrank_linear, mask_probe, masked_matmul
 from rankwise.kernels.backend import backend
 from rankwise.kernels.gemm import Epilogue, column_sums, product
+from rankwise.kernels.precision import full_precision, tf32_allowed
 
 M, N, K = 12, 9, 6
 LEADING = [pytest.param(shape, id="x".join(map(str, (*shape, N)))) for shape in [(), (5,), (2, 3), (0,), (2, 1, 3)]]
@@ -241,3 +243,96 @@ def test_a_product_and_its_epilogues(rows: int, inner: int, columns: int, across
     assert relative_error(plain, exact) < 1e-5
     assert relative_error(masked, exact * mask.double()) < 1e-5
     assert relative_error(sums, (exact * other.double()).sum(0)) < 1e-4
+
+
+# --- what memory behind a rank, strides and tracers may bring ---------------------------------------------------------
+
+
+def layer(dtype: torch.dtype = torch.float32, n: int = 48, k: int = 64, m: int = 32) -> tuple[torch.Tensor, ...]:
+    """x, V, mask and U, with sums of size 1."""
+    x, v, u = draw(5, n, dtype=dtype), draw(k, n) / n**0.5, draw(m, k) / k**0.5
+    return x, v.to(dtype), draw(k).sigmoid().float(), u.to(dtype)
+
+
+@needs_triton
+def test_backward_reads_nothing_that_forward_left_unwritten() -> None:
+    """Where 16 does not divide n, the forward pass has narrower tiles than the backward pass."""
+    x, v, m, u = (t.requires_grad_() for t in layer(torch.float16, n=40, k=128, m=64))
+    x = draw(130, 40, dtype=torch.float16).requires_grad_()
+    rank = torch.tensor(17, dtype=torch.int32, device=DEVICE)
+    with in_triton():
+        masked_matmul(x, v, m, u, None, rank).sum().backward()
+    for tensor in (x, v, m, u):
+        assert tensor.grad is not None
+        assert torch.isfinite(tensor.grad).all()
+    assert m.grad is not None
+    assert not m.grad[17:].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("where", ["m", "u", "v"])
+def test_numbers_behind_the_rank_do_not_matter(where: str) -> None:
+    x, v, m, u = layer()
+    rank = torch.tensor(17, dtype=torch.int32, device=DEVICE)
+    expected = masked_matmul(x, v[:17], m[:17], u[:, :17].contiguous())
+    {"m": m, "u": u.T, "v": v}[where][20] = torch.nan if where == "m" else 1e30  # factors are finite
+    with in_triton():
+        y = masked_matmul(x, v, m, u, None, rank)
+    assert relative_error(y, expected) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("how", ["strided", "expanded"])
+def test_a_bias_may_have_any_stride(how: str) -> None:
+    x, v, m, u = layer()
+    bias = draw(64, dtype=torch.float32)[::2] if how == "strided" else draw(1, dtype=torch.float32).expand(32)
+    with in_triton():
+        y = masked_matmul(x, v, m, u, bias)
+    assert relative_error(y, masked_matmul(x, v, m, u) + bias) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("trained", ["m", "m v u x"])
+def test_the_operator_is_sound_for_tracers(trained: str) -> None:
+    """Schema, fake tensors, autograd registration, and AOT dispatch, by PyTorch's own check."""
+    tensors = dict(zip("xvmu", layer(), strict=True))
+    for name in trained.split():
+        tensors[name].requires_grad_()
+    arguments = (*tensors.values(), None, torch.tensor(17, dtype=torch.int32, device=DEVICE))
+    with backend("triton"):
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.rankwise.masked_forward.default, arguments, test_utils=checks)
+
+
+@needs_triton
+def test_it_compiles_into_one_graph_with_its_gradient() -> None:
+    x, v, m, u = layer()
+    m.requires_grad_()
+
+    def loss(m: torch.Tensor) -> torch.Tensor:
+        return masked_matmul(x, v, m, u).square().sum()
+
+    with backend("triton"):
+        whole = torch.compile(loss, backend="aot_eager", fullgraph=True)(m)
+        (compiled,) = torch.autograd.grad(whole, m)
+        (eager,) = torch.autograd.grad(loss(m), m)
+    assert relative_error(compiled, eager) < 1e-6
+
+
+def test_either_switch_of_tf32_may_be_used() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert tf32_allowed()
+        with full_precision(torch.device(DEVICE)):
+            assert not tf32_allowed()
+    finally:
+        matmul.fp32_precision = before
+    assert not tf32_allowed()
+
+
+@needs_triton
+def test_triton_refuses_what_it_cannot_add_up() -> None:
+    with backend("triton"), pytest.raises(RankwiseError, match=r"triton on \w+ in torch.float64"):
+        masked_matmul(draw(2, N), draw(K, N), draw(K), draw(M, K))

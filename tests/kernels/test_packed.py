@@ -13,11 +13,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from rankwise.errors import RankwiseError
 from rankwise.kernels import Dense, LowRank, Pivot, lowrank_linear, pack, packed_linear, pivot_linear
-from rankwise.kernels.backend import backend
+from rankwise.kernels.backend import backend, capability
 from rankwise.kernels.expand import TILE
 from rankwise.kernels.members import Member
 from rankwise.kernels.pack import table_of
-from rankwise.kernels.packed import packed
+from rankwise.kernels.packed import packed, run
 
 N = 300  # more than one split of the reduction, and no multiple of anything
 
@@ -162,9 +162,10 @@ def test_single_layers_take_the_same_kernels(rank: int) -> None:
     x, bias = draw(2, 3, N, dtype=torch.float32), draw(41, dtype=torch.float32)
     assert isinstance(low, LowRank)
     assert isinstance(pivot, Pivot)
+    strided = x.repeat_interleave(2, dim=-1)[..., ::2]
     with in_triton():
         y = lowrank_linear(x, low.v, low.u, bias[:40])
-        z = pivot_linear(x[..., ::1], pivot.index, pivot.basis, pivot.coeff, bias)
+        z = pivot_linear(strided, pivot.index, pivot.basis, pivot.coeff, bias.repeat_interleave(2)[::2])
     assert relative_error(y, alone(x, low) + bias[:40].double()) < 1e-5
     assert relative_error(z, alone(x, pivot) + bias.double()) < 1e-5
 
@@ -209,3 +210,80 @@ def test_a_compiler_sees_one_node() -> None:
     assert [node.target for node in graph.nodes if "rankwise" in str(node.target)] == [
         torch.ops.rankwise.packed.default
     ]
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_folded_norm_holds_in_half_precision(tokens: int) -> None:
+    """What the first factors make of large inputs is beyond fp16, what they make of normed ones is not."""
+    low = member("lowrank", 40, 16, torch.float16)
+    x = draw(tokens, N, dtype=torch.float16) * 3000
+    with in_triton():
+        y = packed_linear(x, pack([low]), eps=1e-6)
+    wide = x.double()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert relative_error(y, alone(normed, low)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.skipif(capability(torch.device(DEVICE)) < 90, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_a_dependent_launch_waits_for_what_it_reads(tokens: int) -> None:
+    """Many times in a row, as a race need not show at once."""
+    group = pack([member("lowrank", 4096, 1024, torch.bfloat16, inputs=4096)])
+    tensors = (group.first, group.second, group.table, None, None, None)
+    inputs = [draw(tokens, 4096, dtype=torch.bfloat16, seed=seed) for seed in range(20)]
+    expected = [run(x, *tensors, 4096, group.align, False, None, pdl=False) for x in inputs]
+    found = [run(x * 1, *tensors, 4096, group.align, False, None, pdl=True) for x in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_triton
+def test_tracing_leaves_nothing_behind() -> None:
+    """Tensors of a tracer must not be kept for the calls that follow."""
+    low = member("lowrank", 44, 12, torch.float32)
+    assert isinstance(low, LowRank)
+    x = draw(3, N, dtype=torch.float32)
+    with backend("triton"):
+        make_fx(lambda *given: lowrank_linear(*given), tracing_mode="fake")(x, low.v, low.u)
+        y = lowrank_linear(x, low.v, low.u)
+    assert type(y) is torch.Tensor
+    assert relative_error(y, alone(x, low)) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_group_compiles_into_one_graph(swiglu: bool) -> None:
+    group = pack([member("lowrank", 40, 16, torch.float32), member("lowrank", 40, 24, torch.float32, seed=2)])
+    x = draw(2, N, dtype=torch.float32)
+    with backend("triton"):
+        compiled = torch.compile(lambda x: packed_linear(x, group, swiglu=swiglu), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), packed_linear(x, group, swiglu=swiglu))
+
+
+@needs_triton
+def test_operators_are_sound_for_tracers() -> None:
+    group, x = pack(mixed(torch.float32)), draw(3, N, dtype=torch.float32)
+    tensors = x, group.first, group.second, group.table, group.place, None, None
+    low = member("lowrank", 40, 16, torch.float32)
+    assert isinstance(low, LowRank)
+    with backend("triton"):
+        checks = ("test_schema", "test_faketensor")
+        whole = (*tensors, sum(group.outputs), group.align, False, None)
+        torch.library.opcheck(torch.ops.rankwise.packed.default, whole, test_utils=checks)
+        one = (x, low.v, low.u, None, None, 40)
+        torch.library.opcheck(torch.ops.rankwise.alone.default, one, test_utils=checks)
+
+
+@needs_triton
+def test_a_bias_that_wants_a_gradient_gets_one() -> None:
+    low, bias = member("lowrank", 40, 16, torch.float32), torch.zeros(40, device=DEVICE, requires_grad=True)
+    assert isinstance(low, LowRank)
+    with backend("triton"):
+        lowrank_linear(draw(2, N, dtype=torch.float32), low.v, low.u, bias).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((40,), 2.0, device=DEVICE))
+
+
+def test_a_factor_of_rank_0_is_refused() -> None:
+    with pytest.raises(RankwiseError, match="rank 0"):
+        pack([LowRank(draw(0, N), draw(40, 0))])

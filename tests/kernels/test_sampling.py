@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error
 
-from rankwise.kernels.sampling import chosen_logprobs, logsumexp_argmax, sample
+from rankwise.kernels.sampling import chosen_logprobs, logsumexp_argmax, probabilities, sample
 
 BACKENDS = [
     *(pytest.param(dtype, None, id=f"torch-{dtype}".replace("torch.", "")) for dtype in TOLERANCE),
@@ -112,6 +112,16 @@ def test_draws_follow_the_filtered_distribution(filters: dict[str, Any]) -> None
     logits = 2 * draw(12, dtype=torch.float32)
     found = shares(logits[None], **filters)
     assert (found - filtered(logits, **filters)).abs().max() <= 1 / 4000
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_probabilities_are_what_is_drawn_from(filters: dict[str, Any]) -> None:
+    """Of rows side by side, one of which has no filters."""
+    logits, width = 2 * draw(2, 700, dtype=torch.float32), {"top_p": 1.0, "min_p": 0.0, "top_k": 0, "temperature": 1.0}
+    many = {key: torch.tensor([value, width[key]], device=DEVICE) for key, value in filters.items()}
+    found = probabilities(logits, **many)
+    assert torch.allclose(found[0].double(), filtered(logits[0], **filters), atol=1e-6)
+    assert torch.allclose(found[1].double(), logits[1].double().softmax(-1), atol=1e-6)
 
 
 def test_zero_temperature_takes_the_largest() -> None:
