@@ -101,7 +101,7 @@ def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, A
 
 def wanted(case: Case, options: argparse.Namespace) -> bool:
     """Whether this command measures a case; the dense model is in every run."""
-    named = not options.only or any(part in case.name for part in options.only)
+    named = not options.only or any(part == f"={case.name}" or part in case.name for part in options.only)
     return not case.method or (named and (not options.at or case.ratio in options.at))
 
 
@@ -221,7 +221,7 @@ def parse(bench: str, description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_options(parser)
     parser.add_argument("--model", default=EMBEDDED)
-    parser.add_argument("--only", action="append", help="measure the rows whose name contains this; repeatable")
+    parser.add_argument("--only", action="append", help="the rows whose name contains this, or is it after =")
     parser.add_argument("--at", action="append", type=float, help="measure the rows of this ratio; repeatable")
     parser.add_argument("--learn-samples", type=int, default=160, help="windows that masks are trained on")
     parser.add_argument("--steps", type=int, default=256, help="of every method that trains masks")
