@@ -17,6 +17,7 @@ _HOME = {
     "RankwiseError": "rankwise.errors",
     "LayerSpec": "rankwise.plan",
     "RankPlan": "rankwise.plan",
+    "Precision": "rankwise.storage",
     "LLM": "rankwise.engine.runtime.llm",
     "SamplingParams": "rankwise.engine.runtime.params",
     "Completion": "rankwise.engine.runtime.params",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from rankwise.pipeline import compress as compress
     from rankwise.plan import LayerSpec as LayerSpec
     from rankwise.plan import RankPlan as RankPlan
+    from rankwise.storage import Precision as Precision
     from rankwise.zoo import load_model as load_model
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise import serving
+from rankwise import benching, serving
 from rankwise.errors import RankwiseError
-from rankwise.options import Against, Checkpoint, Device, Dtype, Json, Model, Seed, SeqLen, Text, Windows
+from rankwise.options import Against, Checkpoint, Device, Draft, Dtype, Json, Model, Seed, SeqLen, Text, Windows
 
 app = typer.Typer(
     name="rankwise",
@@ -40,6 +40,11 @@ def compress(
         str | None, typer.Option(help="Metric of the factors: one, two or diagonal; default: the method's.")
     ] = None,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    weights: Annotated[
+        str, typer.Option(help="How layers are stored: bf16, fp16, fp32, nf4, int4; auto: the model's dtype.")
+    ] = "auto",
+    group: Annotated[int | None, typer.Option(help="Of int4: columns that share a scale; 32, 64, 128.")] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Of int4: a zero point for every group.")] = False,
     tolerance: Annotated[float, typer.Option(help="Largest relative miss of --ratio.")] = 0.001,
     calibration: Annotated[
         str, typer.Option(help="Text: .txt, .jsonl, embedded:python-docs, wikitext2, c4.")
@@ -75,7 +80,9 @@ def compress(
     from rankwise import commands
     from rankwise.alloc.options import make_method
     from rankwise.config import CompressConfig, TextConfig, check
+    from rankwise.weights import make_precision
 
+    precision = make_precision(weights, group, asymmetric)
     if scores:
         decided = {"method": method, "set": options, "kinds": kinds, "sides": sides}
         for name, value in decided.items():
@@ -83,9 +90,8 @@ def compress(
     shared = {"kinds": kinds, "rank_multiple": rank_multiple, "tolerance": tolerance, "sides": sides}
     made = make_method(method or "rankwise", ratio, shared, options or [])
     text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed, learn, learn_samples)
-    config = CompressConfig(
-        model, out, made, text, device, dtype, curvature, plan, restart, refit, heal, score_only, scores
-    )
+    work = device, dtype, curvature, plan, restart, refit, heal, score_only, scores, precision
+    config = CompressConfig(model, out, made, text, *work)
     commands.compress(config, as_json)
 
 
@@ -138,6 +144,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    draft: Draft = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -146,29 +153,10 @@ def generate(
     """Continue a prompt, printing tokens as they come."""
     from rankwise import commands
 
-    commands.generate(model, prompt, max_tokens, temperature, top_p, chat, device, dtype, seed, as_json)
+    commands.generate(model, prompt, max_tokens, temperature, top_p, chat, draft, device, dtype, seed, as_json)
 
 
-@app.command()
-def bench(
-    model: Model,
-    against: Against = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Decode steps a round.")] = 32,
-    batch: Annotated[int, typer.Option(help="Sequences side by side.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.")] = 5,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Time prefill and decode, of one model or of two in turn."""
-    from rankwise import commands
-    from rankwise.bench import BenchConfig
-
-    models = [model, *([against] if against else [])]
-    commands.bench(models, BenchConfig(prompt, new_tokens, batch, rounds, device, dtype), as_json)
-
-
+app.command()(benching.bench)
 app.command()(serving.serve)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rankwise import bench as speed
-from rankwise import console
+from rankwise import console, drafted
 from rankwise.alloc.methods import METHODS
 from rankwise.alloc.options import own_options
 from rankwise.anatomy import require_context
@@ -16,6 +16,7 @@ from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig, check, check_count, check_seed
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
 from rankwise.engine.checkpoint import verify as verify_checkpoint
+from rankwise.engine.runtime.params import SamplingParams
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
 from rankwise.plan import RankPlan
@@ -39,12 +40,14 @@ def compress(config: CompressConfig, as_json: bool) -> None:
             console.print_json({"out": str(config.out), "ratio": plan.ratio, **plan.counts()})
         return
     size = folder_bytes(config.out)
-    facts: Row = {"out": str(config.out), "ratio": plan.ratio, "bytes": size, **plan.counts()}
+    facts: Row = {"out": str(config.out), "ratio": plan.ratio, "bits": plan.bits, "bytes": size, **plan.counts()}
     measured = plan.provenance.get("measured", {})
     if measured:
         facts |= {"perplexity": measured["compressed"], "dense_perplexity": measured["dense"]}
     kinds = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items() if count)
     console.show(f"{config.out}: {plan.ratio:.2%} of the linear layers kept ({kinds}), {size / 1e6:.1f} MB")
+    if plan.provenance.get("curvature") == {"measured": False}:
+        console.show("no calibration: every layer stays dense and is rounded to the nearest codes")
     if measured:
         windows = f"{measured['windows']} held-out windows of the calibration text"
         before, after = (console.number(measured[key], ".2f") for key in ("dense", "compressed"))
@@ -73,12 +76,14 @@ def inspect(folder: Path, verify: bool, as_json: bool) -> None:
     size = folder_bytes(folder)
     rows = [console.plan_row(name, plan) for name in plan.layers]
     if as_json:
-        facts = {"ratio": plan.ratio, "bytes": size, "planned_bytes": plan.total_bytes, "verified_files": hashed}
+        facts: Row = {"ratio": plan.ratio, "bits": plan.bits, "bytes": size, "planned_bytes": plan.total_bytes}
+        facts["verified_files"] = hashed
         console.print_json({**facts, "layers": rows, "provenance": plan.provenance})
         return
     console.plan_table(plan, str(folder))
     planned = f", plan says {plan.total_bytes / 1e6:.1f} MB" if plan.other_bytes else ""
-    console.show(f"{plan.ratio:.2%} of the listed layers kept; {size / 1e6:.1f} MB on disk{planned}")
+    kept = f"{plan.ratio:.2%} of the listed layers kept, in {plan.bits:.2f} bits for each number that was there"
+    console.show(f"{kept}; {size / 1e6:.1f} MB on disk{planned}")
     if hashed is not None:
         console.show(f"verified: {hashed} files have the SHA-256 that SHA256SUMS lists; tensors and plan agree")
 
@@ -99,6 +104,7 @@ def generate(
     temperature: float,
     top_p: float,
     chat: bool,
+    draft: str | None,
     device: str,
     dtype: str,
     seed: int,
@@ -112,6 +118,9 @@ def generate(
     check("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
     check("prompt", prompt, bool(prompt), "some text")
     check_seed(seed)
+    if draft is not None:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return drafted.generate(source, draft, prompt, params, chat, device, dtype, as_json)
     model, tokenizer = load_model(source, dtype, device)
     if chat and not tokenizer.chat_template:
         raise RankwiseError("chat", source, "its tokenizer has no chat template; leave --chat out")
@@ -130,16 +139,6 @@ def generate(
     if as_json:
         completion = tokenizer.decode(new, skip_special_tokens=True)
         console.print_json({"prompt": prompt, "completion": completion, "tokens": len(new)})
-
-
-def bench(models: Sequence[str], config: speed.BenchConfig, as_json: bool) -> None:
-    """`rankwise bench`."""
-    rows = speed.bench(models, config, track=on_terminal)
-    rows = [row | {"ratio": _ratio(row["name"])} for row in rows]
-    shape = (
-        f"prompt {config.prompt}, {config.new_tokens} new tokens, batch {config.batch}, {config.rounds} rounds in turn"
-    )
-    _print_models(rows, f"{rows[0]['device']}, {rows[0]['dtype']}: {shape}", as_json)
 
 
 def report(
@@ -211,7 +210,7 @@ def quality(
         rows.append(
             {
                 "name": name,
-                "ratio": _ratio(name),
+                "ratio": kept_share(name),
                 "weight_bytes": disk_bytes(name, dtype),
                 "perplexity": perplexity(model, taken, track=on_terminal),
                 "text": f"{text}, first {windows} windows of {seq_len} tokens, {stored}",
@@ -225,11 +224,17 @@ def quality(
 
 
 def _with_speed(rows: Sequence[Row], config: speed.BenchConfig) -> list[Row]:
-    timed = {row["name"]: row for row in speed.bench([row["name"] for row in rows], config, track=on_terminal)}
+    """The rows with times of the runtime beside them, under the names that the report has for them."""
+    models = [row["name"] for row in rows]
+    timed = {}
+    for found in speed.bench(speed.line_up(models, ["rankwise"]), config, track=on_terminal)["rows"]:
+        names = {"prefill_ms": "ttft_ms", "decode_ms": "tpot_ms"}
+        times = {f"{ours}_p{p}": found[f"{theirs}_p{p}"] for ours, theirs in names.items() for p in (50, 95)}
+        timed[found["name"]] = {**found, **times, "tokens_per_s": found["decode_tokens_per_s"]}
     return [{**timed[row["name"]], **row} for row in rows]
 
 
-def _ratio(name: str) -> float | None:
+def kept_share(name: str) -> float | None:
     """Kept share; None where a folder was re-saved without the plan that lists its dense layers."""
     folder = local_folder(name)
     if folder is None or not is_rankwise(folder):

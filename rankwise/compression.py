@@ -19,11 +19,13 @@ from rankwise.engine.checkpoint import PLAN, save
 from rankwise.evaluate import perplexity
 from rankwise.files import disk_guard, publish, require_room
 from rankwise.jobs import Job, work_folder
-from rankwise.pipeline import check_plan, compress, measure_factors, tensor_bytes
+from rankwise.pipeline import check_plan, compress, measure_factors, round_layers, tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
 from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_scores
+from rankwise.storage import Precision
+from rankwise.weights import needs_curvature, require_fit, rounding_plan
 from rankwise.windows import cut_windows, read_texts
 from rankwise.zoo import load_model, model_dtype, resolve_device
 
@@ -61,14 +63,16 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
         RankwiseError: bad input, or a full disk; nothing is left under `config.out`.
     """
     given = RankPlan.load(config.plan) if config.plan else None
+    if given is not None and config.precision is not None:
+        given = given.stored_as(config.precision)
     if config.scores:
         require_scores(config.scores)
     resolve_device(config.device)
-    raw = read_texts(config)
+    raw = read_texts(config, needs_curvature(config, given))
     model, tokenizer = load_model(config.model, config.dtype)
     _check_model(config, given, model)
     windows = cut_windows(config, raw, model, tokenizer)
-    _require_room(config, model, windows)
+    _require_room(config, given, model, windows)
     identity = identify_job(config, model_dtype(model))
     with Job.open(config.out, identity, restart=config.restart) as job, disk_guard(config.out):
         work = Work(config, model, tokenizer, windows, job.folder, track)
@@ -79,11 +83,17 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
 
 def _check_model(config: CompressConfig, given: RankPlan | None, model: Any) -> None:
     """The plan fits the model, or the budget is within reach: known before work begins."""
-    shapes = {name: features(m) for block in block_linears(model) for name, m in block.items()}
+    shapes = _shapes(model)
+    if config.precision is not None:
+        require_fit(config.precision, shapes, model_dtype(model))
     if given is not None:
         check_plan(given, shapes)
     elif config.scores is None:
         config.method.check_budget(shapes)
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, int]]:
+    return {name: features(linear) for block in block_linears(model) for name, linear in block.items()}
 
 
 def _compress(work: Work, given: RankPlan | None) -> RankPlan:
@@ -92,11 +102,12 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
         return RankPlan.load(config.out / PLAN)
     plan, factors = _from_scores(work) if config.scores else _from_text(work, given)
     before = _perplexity(work)
-    healing = config.heal > 0 and len(plan.compressed) > 0
-    teacher = _teach(work) if healing else None
-    compress(model, plan, factors, track=work.track)
+    whole = plan.stored_as(Precision(model_dtype(model)))  # healing comes before rounding
+    teacher = _teach(work) if config.heal > 0 and whole.compressed else None
+    compress(model, plan if teacher is None else whole, factors, track=work.track)
     if teacher is not None:
-        _heal(work, plan, teacher)
+        _heal(work, whole, teacher)
+        round_layers(model, plan)
     after = _perplexity(work)
     if before is not None:
         plan.provenance["measured"] = {"windows": len(work.windows["measure"]), "dense": before, "compressed": after}
@@ -105,11 +116,17 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     return plan
 
 
-def _from_text(work: Work, given: RankPlan | None) -> tuple[RankPlan, FactorStore | Refitted]:
-    """A plan, and its factors, refitted if that is asked for."""
+def _from_text(work: Work, given: RankPlan | None) -> tuple[RankPlan, FactorStore | Refitted | None]:
+    """A plan, and its factors, refitted if that is asked for; without factors where no layer is factored."""
+    precision, weights = work.config.precision, model_dtype(work.model)
+    if not needs_curvature(work.config, given):
+        plan = rounding_plan(given, precision, _shapes(work.model), weights)
+        plan.provenance = provenance(work.config, {"measured": False}, weights)
+        return plan, None
     store, curvature = _factors(work, work.folder / FACTORS)
     plan, _ = _plan(work, given, store, curvature)
-    plan.provenance = provenance(work.config, curvature.identity, model_dtype(work.model))
+    plan = plan if precision is None else plan.stored_as(precision)
+    plan.provenance = provenance(work.config, curvature.identity, weights)
     return plan, _refit(work, plan, store, curvature) if work.config.refits else store
 
 
@@ -117,16 +134,15 @@ def _from_scores(work: Work) -> tuple[RankPlan, FactorStore]:
     """A plan of the method and the text that the scores were made with."""
     config, weights = work.config, model_dtype(work.model)
     scores = open_scores(Path(str(config.scores)), work.model)
-    plan, facts = scores.allocate(config.method.ratio, weights), scores.facts
-    made = {"options": facts["options"] | {"ratio": config.method.ratio}, "calibration": facts["calibration"]}
-    plan.provenance = provenance(config, facts["curvature"], weights) | made
+    plan, options = scores.allocate_in(config.precision, config.method.ratio, weights)
+    plan.provenance = provenance(config, scores.facts["curvature"], weights)
+    plan.provenance |= {"options": options, "calibration": scores.facts["calibration"]}
     return plan, scores.store
 
 
 def _score(work: Work) -> RankPlan:
     """Factors, spectra and what the method learns, into the folder that the user asked for."""
-    config, staged = work.config, work.folder / "scores"
-    weights = model_dtype(work.model)
+    config, staged, weights = work.config, work.folder / "scores", model_dtype(work.model)
     if config.out.exists():
         return open_scores(config.out, work.model).allocate(config.method.ratio, weights)
     store, curvature = _factors(work, staged / FACTORS)
@@ -143,17 +159,8 @@ def _factors(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:
     config = work.config
     moments = config.curvature or work.folder / "curvature"
     gradients = work.windows["gradients"] if config.method.two_sided or config.refits else None
-    return measure_factors(
-        work.model,
-        work.windows["inputs"],
-        gradients,
-        config.method,
-        moments,
-        folder,
-        config.device,
-        config.text.seed,
-        work.track,
-    )
+    where = moments, folder, config.device, config.text.seed, work.track
+    return measure_factors(work.model, work.windows["inputs"], gradients, config.method, *where)
 
 
 def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Curvature) -> tuple[RankPlan, Any]:
@@ -224,7 +231,7 @@ def _roomy(device: torch.device, model: Any) -> torch.device:
     return device
 
 
-def _require_room(config: CompressConfig, model: Any, windows: dict[str, torch.Tensor]) -> None:
+def _require_room(config: CompressConfig, given: RankPlan | None, model: Any, windows: dict[str, torch.Tensor]) -> None:
     """Work folder and result, estimated from above before hours are spent; what an earlier run left counts."""
     if config.out.exists():
         return
@@ -232,9 +239,9 @@ def _require_room(config: CompressConfig, model: Any, windows: dict[str, torch.T
     outputs = config.method.two_sided or config.refits
     moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if outputs else 0)) for w in weights)
     factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
-    needed = tensor_bytes(model) + (0 if config.scores else moments + factors)
-    if config.refits:
-        needed += factors
+    measures = needs_curvature(config, given)
+    needed = tensor_bytes(model) + (moments + factors if measures and not config.scores else 0)
+    needed += factors if measures and config.refits else 0
     if config.heal:  # values, best values and two moments of Adam; the last save stays until the next is complete
         heard = windows["learn"].numel() + windows["gradients"][:JUDGES].numel()
         needed += 2 * 4 * 4 * sum(w.numel() for w in weights) + 8 * KEPT * heard

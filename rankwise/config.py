@@ -8,6 +8,8 @@ from typing import Any
 
 from rankwise.errors import RankwiseError
 from rankwise.jobs import is_unfinished
+from rankwise.storage import Precision
+from rankwise.weights import raised
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 EMBEDDED_TEXT = "embedded:python-docs"
@@ -97,6 +99,8 @@ class CompressConfig:
         heal: steps of distillation after that; 0 is none.
         score_only: write spectra, what was learnt and factors into `out`, and no checkpoint.
         scores: such a folder: make the plan from it, without text.
+        precision: how every layer's numbers are stored; None is the model's dtype, or what `plan` says. For 4 bits the
+            method's rank multiple is raised so that groups divide the ranks.
     """
 
     model: str
@@ -112,9 +116,14 @@ class CompressConfig:
     heal: int = 0
     score_only: bool = False
     scores: Path | None = None
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         check_count("heal", self.heal, 0)
+        scored = self.score_only and self.precision is not None
+        check("score_only", "with weights", not scored, "one of score_only and weights: scores hold no weights")
+        if self.precision is not None:
+            object.__setattr__(self, "method", raised(self.method, self.precision))
         for name in ("scores", "plan", "refit", "heal"):
             given = getattr(self, name)
             check("score_only", f"with {name}", not (self.score_only and given), f"one of score_only and {name}")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,35 @@ MODEL_COLUMNS: tuple[Column, ...] = (
     ("decode_ms_p50", "decode ms p50", ".2f"),
     ("decode_ms_p95", "p95", ".2f"),
     ("tokens_per_s", "tokens/s", ".1f"),
+    ("peak_bytes", "peak MB", "MB"),
+)
+_WHO: tuple[Column, ...] = (
+    ("engine", "engine", ""),
+    ("name", "model", ""),
+    ("ratio", "kept", ".1%"),
+    ("dtype", "dtype", ""),
+    ("ttft_ms", "TTFT ms p50 / p95 / p99", ">"),
+    ("tpot_ms", "TPOT ms p50 / p95 / p99", ">"),
+)
+_AGAINST: tuple[Column, ...] = (("vs_ttft", "TTFT vs first", ">"), ("vs_tpot", "TPOT vs first", ">"))
+SPEED_COLUMNS: tuple[Column, ...] = (
+    *_WHO,
+    ("tokens_per_s", "tokens/s", ".1f"),
+    *_AGAINST,
+    ("vs_tokens_per_s", "tokens/s vs first", ">"),
+    ("mbu_percent", "% of bandwidth", ".0f"),
+    ("weight_memory_bytes", "weights MB", "MB"),
+    ("kv_bytes", "KV MB", "MB"),
+    ("peak_bytes", "peak MB", "MB"),
+)
+LOAD_COLUMNS: tuple[Column, ...] = (
+    *_WHO,
+    ("e2e_ms", "end-to-end ms p50 / p95 / p99", ">"),
+    ("tokens_per_s", "tokens/s", ".1f"),
+    ("goodput_per_s", "good requests/s", ".2f"),
+    ("good_share", "good", ".0%"),
+    *_AGAINST,
+    ("vs_e2e", "end-to-end vs first", ">"),
     ("peak_bytes", "peak MB", "MB"),
 )
 
@@ -60,6 +90,35 @@ def task_table(rows: Sequence[Mapping[str, Any]]) -> None:
         _print("zero-shot accuracy (lm-eval)", columns, body)
 
 
+def speed_tables(found: Mapping[str, Any]) -> None:
+    """What `rankwise bench` measured: a table a shape, and one of what was under load."""
+    rows = [*found["rows"], *found["load"]]
+    speed = "–".join(f"{value / 1e9:.1f}" for value in found["bandwidth_bytes_per_s"][::2])
+    show(f"{rows[0]['device']}, {rows[0]['rounds']} rounds in turn; memory gives {speed} GB/s")
+    for (batch, prompt), same in groupby(found["rows"], lambda row: (row["batch"], row["prompt"])):
+        body = [_flat(row) for row in same]
+        _print(f"batch {batch}, prompt {prompt}, {body[0]['new_tokens']} new tokens", SPEED_COLUMNS, body, wrap=True)
+    if found["load"]:
+        _print(_load_title(found["load"][0]), LOAD_COLUMNS, [_flat(row) for row in found["load"]], wrap=True)
+    show("vs first: divided by the first row's within a round; median, p20 to p80 in brackets")
+
+
+def _load_title(row: Mapping[str, Any]) -> str:
+    mix = ", ".join(f"{prompt}:{output}" for prompt, output in row["mix"])
+    limits = f"good: first token within {row['ttft_limit']:g} s, further ones within {row['tpot_limit']:g} s"
+    return f"{row['requests']} requests a round at {row['rate']:g}/s, prompt:output {mix}; {limits}"
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for a table: medians in place of p20, p50 and p80, percentiles and ratios as text."""
+    flat = {key: value[1] if isinstance(value, list) and len(value) == 3 else value for key, value in row.items()}
+    for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
+        flat[key] = " / ".join(f"{row[f'{key}_p{share}']:.1f}" for share in (50, 95, 99) if f"{key}_p{share}" in row)
+    for key, (low, middle, high) in row["vs_first"].items():
+        flat[f"vs_{key}"] = f"{middle:.2f} ({low:.2f}–{high:.2f})"
+    return flat
+
+
 def plan_table(plan: RankPlan, title: str) -> None:
     """A row a module."""
     columns: tuple[Column, ...] = (
@@ -67,13 +126,14 @@ def plan_table(plan: RankPlan, title: str) -> None:
         ("kind", "kind", ""),
         ("shape", "out × in", ""),
         ("rank", "rank", "d"),
-        ("weights", "weights", ""),
+        ("precision", "weights", ""),
         ("ratio", "kept", ".1%"),
         ("energy", "energy", ".2%"),
         ("parameters", "parameters", ",d"),
         ("bytes", "bytes", ",d"),
     )
-    _print(title, columns, [plan_row(name, plan) for name in plan.layers])
+    rows = [{**plan_row(name, plan), "precision": str(spec.precision)} for name, spec in plan]
+    _print(title, columns, rows)
 
 
 def method_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -93,7 +153,8 @@ def plan_row(name: str, plan: RankPlan) -> dict[str, Any]:
     spec = plan.layers[name]
     keys = ("kind", "rank", "weights", "ratio", "energy", "loss", "parameters", "bytes")
     shape = f"{spec.out_features} × {spec.in_features}"
-    return {"name": name, "shape": shape, **{key: getattr(spec, key) for key in keys}}
+    more = {"group": spec.group, "asymmetric": spec.asymmetric} if spec.group else {}
+    return {"name": name, "shape": shape, **{key: getattr(spec, key) for key in keys}, **more}
 
 
 def print_json(data: Mapping[str, Any]) -> None:
@@ -102,10 +163,10 @@ def print_json(data: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _print(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> None:
+def _print(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], *, wrap: bool = False) -> None:
     table = Table(title=Text(title, style="bold"), title_justify="left")
     for _, heading, form in columns:
-        table.add_column(heading, justify="right" if form else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if form else "left", no_wrap=not wrap)
     for row in rows:
         table.add_row(*(Text(number(row.get(key), form)) for key, _, form in columns))
     width = None if sys.stderr.isatty() else WIDE

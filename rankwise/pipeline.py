@@ -12,13 +12,14 @@ from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore, factorize_model
-from rankwise.anatomy import block_linears, weight_of
+from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.engine.doors.hf import attach
 from rankwise.engine.layers import CompressedLinear, build_layer
 from rankwise.errors import RankwiseError
-from rankwise.plan import RankPlan
+from rankwise.plan import LayerSpec, RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import versions
+from rankwise.quantize import Rounding, nearest
 from rankwise.zoo import model_dtype, resolve_device
 
 
@@ -72,31 +73,34 @@ def allocate(
 
 @torch.no_grad()
 def compress(
-    model: Any, plan: RankPlan, factors: FactorStore | Refitted | None = None, *, track: Track = silent
+    model: Any,
+    plan: RankPlan,
+    factors: FactorStore | Refitted | None = None,
+    *,
+    rounding: Rounding = nearest,
+    track: Track = silent,
 ) -> Any:
     """Put a plan into effect: the named linear layers are replaced, in place.
 
     Args:
         model: the model that the plan was made for; it is changed and returned.
         plan: from `allocate`, or read from JSON.
-        factors: needed for a plan that was read from JSON; a fresh plan carries its own.
+        factors: needed for a plan read from JSON, unless every layer stays dense; a fresh plan carries its own.
+        rounding: makes 4-bit codes of the factors (and of dense weights) where the plan says so.
+        track: progress.
 
     Raises:
         RankwiseError: a module is unknown or its shape differs, or factors are missing.
     """
     store = factors or plan.factors
-    if store is None:
+    if store is None and any(spec.kind != "dense" for _, spec in plan):
         raise RankwiseError("factors", None, "a plan read from JSON needs the factors of its model")
     linears = {name: module for block in block_linears(model) for name, module in block.items()}
-    check_plan(plan, store.shapes)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    check_plan(plan, {name: features(linear) for name, linear in linears.items()} if store is None else store.shapes)
     with track("layers", len(plan.compressed)) as advance:
         for name, spec in plan.compressed.items():
             old = linears.pop(name)  # its memory is free once the new layer is in place
-            layer = build_layer(spec, old.bias is not None, dtype, weight_of(old).device)
-            _fill(layer, spec.kind, store.load(name, spec.rank, spec.indices), old)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+            _replace(model, name, spec, _parts(name, spec, store, old), old, rounding)
             del old
             advance()
     if isinstance(store, Refitted):
@@ -106,6 +110,24 @@ def compress(
                 _require_finite(f"{name}.weight", weight_of(module))
     attach(model, plan.compressed)
     return model
+
+
+@torch.no_grad()
+def round_layers(model: Any, plan: RankPlan, rounding: Rounding = nearest) -> None:
+    """Round layers in place that `compress` made of the same plan in 16 or 32 bits: for what must come before rounding.
+
+    Args:
+        model: made by `compress`.
+        plan: some of its layers are to be stored in 4 bits.
+        rounding: as in `compress`.
+    """
+    for name, spec in plan.compressed.items():
+        if spec.quantised:
+            old = model.get_submodule(name)
+            parts = {part: weight_of(old) if spec.kind == "dense" else getattr(old, part) for part in spec.matrices}
+            parts |= {"pivot_index": old.pivot_index} if spec.kind == "pivot" else {}
+            _replace(model, name, spec, parts, old, rounding)
+    attach(model, plan.compressed)
 
 
 def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]]) -> None:
@@ -126,17 +148,36 @@ def tensor_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
 
 
-def _fill(layer: CompressedLinear, kind: str, factors: tuple[torch.Tensor, torch.Tensor], old: Any) -> None:
-    u, v = factors
-    if kind == "pivot":
-        values = dict(zip(("pivot_index", "pivot_basis", "pivot_coeff"), pivot_form(u, v), strict=True))
-    else:
-        values = {"lowrank_u": u, "lowrank_v": v}
+def _parts(name: str, spec: LayerSpec, store: FactorStore | Refitted | None, old: Any) -> dict[str, torch.Tensor]:
+    """A layer's matrices by name, and its index if it has one, not rounded yet."""
+    if spec.kind == "dense" or store is None:
+        weight = store.weight(name) if isinstance(store, Refitted) else None
+        return {"weight": weight_of(old) if weight is None else weight}
+    u, v = store.load(name, spec.rank, spec.indices)
+    if spec.kind == "pivot":
+        return dict(zip(("pivot_index", "pivot_basis", "pivot_coeff"), pivot_form(u, v), strict=True))
+    return {"lowrank_u": u, "lowrank_v": v}
+
+
+def _replace(
+    model: Any, name: str, spec: LayerSpec, parts: dict[str, torch.Tensor], old: Any, rounding: Rounding
+) -> None:
+    """Put a new layer in the place of an old one."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    layer = build_layer(spec, old.bias is not None, dtype, old.weight.device)
+    if spec.quantised:
+        parts = {part: tensor for part, tensor in parts.items() if part == "pivot_index"} | rounding(name, parts, spec)
+    _fill(layer, parts)
+    if old.bias is not None and layer.bias is not None:
+        layer.bias.copy_(old.bias)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _fill(layer: CompressedLinear, values: dict[str, torch.Tensor]) -> None:
     for name, value in values.items():
         getattr(layer, name).copy_(value)
         _require_finite(name, getattr(layer, name))
-    if old.bias is not None and layer.bias is not None:
-        layer.bias.copy_(old.bias)
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:

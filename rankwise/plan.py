@@ -1,113 +1,23 @@
-"""RankPlan and LayerSpec: plain data, the one thing that `alloc` and `engine` share.
+"""RankPlan: plain data, the one thing that `alloc` and `engine` share, made of `LayerSpec`s.
 
 A plan says of every linear layer of the decoder blocks what it becomes. It is JSON that can be read,
 compared and edited by hand; `rankwise compress --plan` accepts one.
 """
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import RankwiseError
 from rankwise.files import read_json, write_json
+from rankwise.layerspec import KINDS, LayerSpec, layer_parameters
+from rankwise.storage import Precision
+
+__all__ = ["FORMAT", "KINDS", "LayerSpec", "RankPlan", "check_format", "layer_parameters"]
 
 FORMAT = 1
-KINDS = ("dense", "lowrank", "pivot")
-WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-INDEX_BYTES = 4  # pivot_index is int32
-
-
-def layer_parameters(kind: str, rank: int, out_features: int, in_features: int) -> int:
-    """Numbers that a layer stores: `mn`, `k(m+n)` (lowrank) or `k(m+n-k)` (pivot, PIFA 2501.19090)."""
-    if kind == "dense":
-        return out_features * in_features
-    saved = rank if kind == "pivot" else 0
-    return rank * (out_features + in_features - saved)
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What one linear layer becomes.
-
-    Args:
-        kind: `dense`, `lowrank` or `pivot`.
-        out_features: m, rows of the weight `[m, n]`.
-        in_features: n.
-        rank: k, with `1 <= k <= min(m, n)`; for dense layers the full rank.
-        weights: how numbers are stored: `bf16`, `fp16` or `fp32`.
-        energy: share of the metric's energy kept, 0..1 (None if unknown).
-        loss: predicted increase of the loss, nats a token, by the curvature's quadratic model (None if unknown).
-        indices: the kept components, rising, where they are not the first `rank` (any-k selection); else None.
-    """
-
-    kind: str
-    out_features: int
-    in_features: int
-    rank: int
-    weights: str = "bf16"
-    energy: float | None = None
-    loss: float | None = None
-    indices: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise RankwiseError("kind", self.kind, f"allowed: {', '.join(KINDS)}")
-        if self.weights not in WEIGHT_BYTES:
-            raise RankwiseError("weights", self.weights, f"allowed: {', '.join(WEIGHT_BYTES)}")
-        for name in ("out_features", "in_features", "rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RankwiseError(name, value, "allowed: a whole number from 1")
-        for name in ("energy", "loss"):
-            check_number(name, getattr(self, name))
-        if self.rank > self.full_rank:
-            raise RankwiseError("rank", self.rank, f"allowed: 1 to {self.full_rank}")
-        self._check_indices()
-        if self.kind == "pivot" and self.rank == self.full_rank:
-            raise RankwiseError("rank", self.rank, f"as large as dense; allowed for pivot: 1 to {self.full_rank - 1}")
-        if self.parameters > self.dense_parameters:
-            allowed = self.dense_parameters // (self.out_features + self.in_features)
-            raise RankwiseError("rank", self.rank, f"larger than dense; allowed for lowrank: 1 to {allowed}")
-
-    def _check_indices(self) -> None:
-        if self.indices is None:
-            return
-        kept = tuple(self.indices)
-        object.__setattr__(self, "indices", kept)
-        whole = all(isinstance(i, int) and not isinstance(i, bool) for i in kept)
-        rising = whole and all(a < b for a, b in pairwise((-1, *kept, self.full_rank)))
-        if self.kind == "dense" or not rising or len(kept) != self.rank:
-            allowed = f"for lowrank and pivot: {self.rank} rising whole numbers from 0 to {self.full_rank - 1}"
-            raise RankwiseError("indices", f"{len(kept)} of them, {list(kept[:4])}...", allowed)
-
-    @property
-    def full_rank(self) -> int:
-        """min(m, n)."""
-        return min(self.out_features, self.in_features)
-
-    @property
-    def dense_parameters(self) -> int:
-        """m·n."""
-        return self.out_features * self.in_features
-
-    @property
-    def parameters(self) -> int:
-        """Numbers stored (bias and the pivots' index not counted)."""
-        return layer_parameters(self.kind, self.rank, self.out_features, self.in_features)
-
-    @property
-    def ratio(self) -> float:
-        """Share of the layer's parameters kept."""
-        return self.parameters / self.dense_parameters
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the stored numbers, index included, bias not."""
-        index = self.out_features * INDEX_BYTES if self.kind == "pivot" else 0
-        return self.parameters * WEIGHT_BYTES[self.weights] + index
+OPTIONAL = {"indices": None, "group": None, "asymmetric": False}  # fields that JSON carries only where they are set
 
 
 @dataclass
@@ -156,8 +66,27 @@ class RankPlan:
 
     @property
     def compressed(self) -> dict[str, LayerSpec]:
-        """The layers that do not stay dense."""
-        return {name: spec for name, spec in self if spec.kind != "dense"}
+        """The layers that do not stay as they were: factored, or stored in 4 bits."""
+        return {name: spec for name, spec in self if spec.compressed}
+
+    @property
+    def quantised(self) -> bool:
+        """True if the numbers of some layer are stored in 4 bits."""
+        return any(spec.quantised for _, spec in self)
+
+    @property
+    def bits(self) -> float:
+        """Bits that all linear layers take, for each number that they held before; 0 if none is listed."""
+        return 8 * self.bytes / self.dense_parameters if self.layers else 0.0
+
+    def stored_as(self, precision: Precision) -> "RankPlan":
+        """The same kinds and ranks, every layer's numbers stored in one way.
+
+        Raises:
+            RankwiseError: its blocks do not divide a layer's sizes; the field names the layer.
+        """
+        layers = {name: _for_layer(name, spec, precision) for name, spec in self}
+        return replace(self, layers=layers)
 
     def counts(self) -> dict[str, int]:
         """Layers per kind."""
@@ -198,13 +127,6 @@ class RankPlan:
         return cls.from_dict(read_json(Path(path)), str(path))
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite number or None."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if value is not None and not number:
-        raise RankwiseError(name, value, "allowed: a finite number, or null")
-
-
 def check_format(found: Any, source: str) -> None:
     """Raise unless `found` is a checkpoint format that this version reads."""
     if found != FORMAT:
@@ -213,8 +135,15 @@ def check_format(found: Any, source: str) -> None:
 
 
 def _entry(spec: LayerSpec) -> dict[str, Any]:
-    """A spec as JSON-ready data; `indices` only where there are some."""
-    return {key: value for key, value in asdict(spec).items() if key != "indices" or value is not None}
+    """A spec as JSON-ready data; optional fields only where they are set."""
+    return {key: value for key, value in asdict(spec).items() if key not in OPTIONAL or value != OPTIONAL[key]}
+
+
+def _for_layer(name: str, spec: LayerSpec, precision: Precision) -> LayerSpec:
+    try:
+        return spec.stored_as(precision)
+    except RankwiseError as error:
+        raise RankwiseError(f"{name}.{error.field}", error.value, error.allowed) from None
 
 
 def _spec(name: str, entry: Any, source: str) -> LayerSpec:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from dataclasses import asdict
 from typing import Any
 
 from rankwise.config import CompressConfig
@@ -30,6 +31,7 @@ def identify_job(config: CompressConfig, weights: str) -> dict[str, Any]:
         "heal": config.heal,
         "score_only": config.score_only,
         "scores": read_json(config.scores / "scores.json") if config.scores else None,
+        **({"precision": asdict(config.precision)} if config.precision else {}),
     }
     return dict(json.loads(json.dumps(identity)))
 
@@ -45,4 +47,5 @@ def provenance(config: CompressConfig, curvature: dict[str, Any], weights: str) 
     job = identify_job(config, weights)
     options = {"method": "plan", "sides": config.method.sides} if config.plan else job["options"]
     facts = {"model": job["model"], "weights": weights, "options": options, "calibration": job["calibration"]}
+    facts |= {"precision": job["precision"]} if "precision" in job else {}
     return {**facts, "curvature": curvature, "versions": versions()}

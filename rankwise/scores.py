@@ -1,6 +1,7 @@
 """Scores: everything that a plan of any size needs, measured once: spectra, what was learnt, full-rank factors."""
 
 from dataclasses import asdict, dataclass, fields
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rankwise.anatomy import block_linears, features
 from rankwise.errors import RankwiseError
 from rankwise.files import open_tensors, read_json, write_json, write_tensors
 from rankwise.plan import KINDS, RankPlan
+from rankwise.storage import Precision
 
 FORMAT = 1
 INDEX, CHOICES, FACTORS = "scores.json", "choices.safetensors", "factors"
@@ -57,6 +59,20 @@ class Scores:
         if self.learnt is None:
             return method.allocate(self.store, weights)
         return method.again(self.learnt, self.store, weights)
+
+    def allocate_in(self, precision: Precision | None, ratio: float, weights: str) -> tuple[RankPlan, dict[str, Any]]:
+        """A plan of any ratio, its numbers stored in one precision (None: as `weights`), and the method's options.
+
+        Raises:
+            RankwiseError: the budget cannot be met, or the choices that were learnt are of other ranks.
+        """
+        block, multiple = precision.block if precision else 1, int(self.facts["options"]["rank_multiple"])
+        options = self.facts["options"] | {"ratio": ratio, "rank_multiple": lcm(multiple, block)}
+        if self.learnt is not None and multiple % block:
+            found = f"{precision}, and scores that were learnt with rank multiple {multiple}"
+            raise RankwiseError("weights", found, f"allowed: scores made with --rank-multiple {block}")
+        plan = self.allocate(ratio, weights, rank_multiple=options["rank_multiple"])
+        return plan if precision is None else plan.stored_as(precision), options
 
 
 def finish_scores(folder: Path, facts: dict[str, Any], learnt: dict[str, Choices] | None) -> None:

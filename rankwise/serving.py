@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rankwise.errors import RankwiseError
-from rankwise.options import Device, Dtype, Json, Model
+from rankwise.options import Device, Draft, DraftTokens, Dtype, Json, Model
 
 PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
 
@@ -29,6 +29,8 @@ def serve(
         int | None, typer.Option(help="Tokens that the KV cache holds; default: what memory allows.")
     ] = None,
     prefix_caching: Annotated[bool, typer.Option(help="Prompts that begin alike share keys and values.")] = True,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = 4,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take, waiting included.")] = 600.0,
     grace: Annotated[float, typer.Option(help="Seconds for requests in flight after SIGTERM or Ctrl-C.")] = 30.0,
     device: Device = "auto",
@@ -58,6 +60,8 @@ def serve(
         kv_tokens=kv_tokens,
         max_sequences=max_sequences,
         prefix_caching=prefix_caching,
+        draft=draft,
+        draft_tokens=draft_tokens,
         device=device,
         dtype=dtype,
     )

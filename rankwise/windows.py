@@ -12,13 +12,19 @@ LEARN_WINDOWS = 256  # of a text that is given to learn from, unless the user sa
 USES = ("inputs", "gradients", "measure", "learn")
 
 
-def read_texts(config: CompressConfig) -> dict[str, str]:
+def read_texts(config: CompressConfig, curvature: bool = True) -> dict[str, str]:
     """The texts that a command needs: `calibration` (not for a plan from scores), `learn` where one is given.
+
+    Args:
+        config: the command.
+        curvature: False where no layer is factored: then text is needed for perplexities alone.
 
     Raises:
         RankwiseError: an unknown or unreadable text.
     """
     text = config.text
+    if not curvature:
+        return {"calibration": read_text(text.text)} if text.measure else {}
     needed = {} if config.scores and not config.heal else {"calibration": text.text}
     needed |= {"learn": text.learn} if config.learns and text.learn else {}
     return {key: read_text(source) for key, source in needed.items()}

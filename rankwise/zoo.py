@@ -24,6 +24,7 @@ SHORT_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong is told by `_require_complete`
 # GGUF names its pre-tokenizer; these split numbers into digits, which the conversion to `tokenizers` drops.
 DIGIT_SPLITTERS = ("smollm",)
+OURS = (".lowrank_", ".pivot_", ".weight_nf4", ".weight_int4")  # in names of tensors of compressed layers
 
 
 def resolve_device(device: str) -> torch.device:
@@ -136,7 +137,7 @@ def _require_complete(info: dict[str, Any], source: str) -> None:
         if info.get(key):
             first = sorted(str(entry) for entry in info[key])[0]
             raise RankwiseError("model", f"{source}: {key.replace('_', ' ')}: {first}", "the checkpoint is incomplete")
-    leftover = [key for key in info.get("unexpected_keys") or () if ".lowrank_" in key or ".pivot_" in key]
+    leftover = [key for key in info.get("unexpected_keys") or () if any(part in key for part in OURS)]
     if leftover:
         raise RankwiseError("model", f"{source}: {sorted(leftover)[0]}", "its layer is not in config.json")
 

@@ -231,6 +231,24 @@ OPTIONS = {
     "dtype": Case(option("--dtype", "int8"), ("dtype: int8;", DTYPES)),
     "device-cuda": Case(option("--device", "cuda"), ("device: cuda;", "not on this machine", "auto, cpu, cuda")),
     "device-unknown": Case(option("--device", "abacus"), ("device: abacus;", "allowed: auto, cpu, cuda, cuda:N")),
+    "weights-unknown": Case(option("--weights", "int3"), ("weights: int3;", "allowed: bf16, fp16, fp32, nf4, int4")),
+    "weights-of-another-dtype": Case(
+        option("--weights", "bf16"), ("weights: bf16;", "the model is loaded in fp32", "allowed: fp32, nf4, int4")
+    ),
+    "weights-whose-blocks-do-not-divide": Case(
+        option("--weights", "nf4"),
+        ("model.layers.0.self_attn.q_proj.weights: nf4;", "64 does not divide in_features 32", "int4 with group 32"),
+    ),
+    "group-that-does-not-divide": Case(
+        option("--weights", "int4", "--group", "32"),
+        ("model.layers.0.mlp.down_proj.group: 32;", "32 does not divide in_features 48", "allowed: bf16, fp16, fp32"),
+    ),
+    "group-unknown": Case(option("--weights", "int4", "--group", "48"), ("group: 48;", "for int4: 32, 64, 128")),
+    "group-without-int4": Case(option("--group", "64"), ("group: 64;", "allowed: with --weights int4")),
+    "asymmetric-nf4": Case(option("--weights", "nf4", "--asymmetric"), ("asymmetric: True;", "true or false for int4")),
+    "weights-with-score-only": Case(
+        option("--weights", "nf4", "--score-only"), ("score_only: with weights;", "one of")
+    ),
     "rank-multiple-0": Case(option("--rank-multiple", "0"), ("rank_multiple: 0;", "a whole number from 1")),
     "rank-multiple-large": Case(
         option("--rank-multiple", "512", "--kinds", "pivot"),
@@ -610,6 +628,12 @@ PLANS = {
     ),
     "pivot-of-full-rank": Case(plan(layer(rank=32)), (f"{Q}.rank: 32;", "allowed for pivot: 1 to 31")),
     "unknown-weights": Case(plan(layer(weights="int3")), (f"{Q}.weights: int3;", "allowed: bf16, fp16, fp32")),
+    "group-that-does-not-divide-the-rank": Case(
+        plan(layer(weights="int4", group=32)),
+        (f"{Q}.group: 32;", "32 does not divide rank 8", "ranks that are multiples of 32"),
+    ),
+    "group-left-out": Case(plan(layer(weights="int4")), (f"{Q}.group: None;", "allowed for int4: 32, 64, 128")),
+    "group-without-int4": Case(plan(layer(group=32)), (f"{Q}.group: 32;", "allowed for bf16: none")),
     "unknown-field": Case(plan(layer(colour="red")), (f"{Q}: ", "'colour'", "see LayerSpec for the fields")),
     "field-left-out": Case(plan(lambda p: p["layers"][Q].pop("rank")), (f"{Q}: ", "'rank'", "see LayerSpec")),
     "entry-no-object": Case(plan(lambda p: p["layers"].update({Q: 8})), (f"{Q}: ", "see LayerSpec for the fields")),

@@ -27,7 +27,7 @@ COMMANDS = {
     "inspect": ["--verify", "--json"],
     "eval": ["--against", "--text", "--windows", "--seq-len", "--device", "--dtype", "--json"],
     "generate": ["--max-tokens", "--temperature", "--top-p", "--chat", "--seed", "--json"],
-    "bench": ["--against", "--prompt", "--new-tokens", "--batch", "--rounds", "--json"],
+    "bench": ["--against", "--engine", "--prompt", "--new-tokens", "--batch", "--load", "--mix", "--out", "--json"],
     "serve": ["--host", "--port", "--name", "--api-key", "--max-queue", "--timeout", "--grace", "--json"],
     "report": ["--out", "--against", "--speed", "--json"],
     "demo": ["--out", "--ratio", "--json"],
@@ -337,14 +337,40 @@ def test_generate_with_a_chat_template(small: Path, tmp_path: Path, run: Run) ->
 # ---------------------------------------------------------------------------------- bench, report and demo
 
 
-def test_bench(small: Path, run: Run) -> None:
-    out, err = run("bench", small, "--prompt", 8, "--new-tokens", 2, "--rounds", 1, "--json")
+def test_bench(small: Path, dense: Path, tmp_path: Path, run: Run) -> None:
+    shape = ["--prompt", 8, "--new-tokens", 3, "--batch", 1, "--batch", 2, "--rounds", 1, "--device", "cpu"]
+    load = ["--load", 50, "--requests", 3, "--mix", "8:2"]
+    folder = tmp_path / "results"
+    command = ["bench", small, "--against", dense, "--engine", "rankwise", *shape, *load, "--out", folder, "--json"]
+    out, err = run(*command)
     facts = only_line(out)
-    assert facts["name"] == str(small)
-    assert facts["ratio"] == rankwise.RankPlan.load(small / "plan.json").ratio
-    assert facts["tokens_per_s"] > 0
-    assert (facts["prompt"], facts["new_tokens"], facts["batch"], facts["rounds"]) == (8, 2, 1, 1)
-    assert "prompt 8, 2 new tokens, batch 1, 1 rounds in turn" in " ".join(err.split())
+    kept = rankwise.RankPlan.load(small / "plan.json").ratio
+    assert [(row["name"], row["batch"], row["ratio"]) for row in facts["rows"]] == [
+        (str(small), 1, kept),
+        (str(dense), 1, 1.0),
+        (str(small), 2, kept),
+        (str(dense), 2, 1.0),
+    ]
+    assert [row["name"] for row in facts["load"]] == [str(small), str(dense)]
+    assert "batch 2, prompt 8, 3 new tokens" in err
+    assert "3 requests a round at 50/s, prompt:output 8:2" in err
+    assert len((folder / "bench.jsonl").read_text().splitlines()) == 6
+    assert (folder / "load-ttft.png").is_file()
+    _, err = run(*command, code=2)
+    assert err.strip() == f"error: out: {folder}; allowed: a folder that does not exist yet"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "onnx"], "engine: onnx; allowed: rankwise, transformers, bitsandbytes, vllm"),
+        (["--load", "1", "--mix", "8"], "mix: 8; allowed: PROMPT:OUTPUT, two whole numbers"),
+        (["--load", "0"], "load: 0.0; allowed: above 0"),
+        (["--new-tokens", "1"], "new_tokens: 1; allowed: a whole number from 2"),
+    ],
+)
+def test_bench_refuses(options: list[str], message: str, dense: Path, run: Run) -> None:
+    assert run("bench", dense, *options, code=2)[1].strip() == f"error: {message}"
 
 
 @pytest.fixture
@@ -352,25 +378,16 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Times without processes; what was asked for is noted."""
     asked: dict[str, Any] = {}
 
-    def times(models: list[str], config: speed.BenchConfig, *, track: Any) -> list[dict[str, Any]]:
-        asked.update(models=list(models), config=config)
-        fixed = {"prefill_ms_p50": 7.0, "prefill_ms_p95": 8.0, "decode_ms_p50": 3.0, "decode_ms_p95": 4.0}
-        more = {"tokens_per_s": 333.25, "peak_bytes": 10**8, "device": "CPU, 1 threads", "dtype": "fp32"}
-        return [{"name": name, **fixed, **more} for name in models]
+    def times(contestants: list[speed.Contestant], config: speed.BenchConfig, *, track: Any) -> dict[str, Any]:
+        asked.update(models=[contestant.model for contestant in contestants], config=config)
+        assert {contestant.engine for contestant in contestants} == {"rankwise"}
+        fixed = {f"{key}_ms_p{share}": value for key, value in (("ttft", 7.0), ("tpot", 3.0)) for share in (50, 95)}
+        more = {"decode_tokens_per_s": 333.25, "tokens_per_s": [1.0, 2.0, 3.0], "peak_bytes": 10**8}
+        shared = {**fixed, **more, "device": "CPU, 1 threads", "dtype": "fp32", "prompt": 128, "batch": 1}
+        return {"rows": [{"name": contestant.model, **shared} for contestant in contestants], "load": []}
 
     monkeypatch.setattr(speed, "bench", times)
     return asked
-
-
-def test_bench_passes_its_options_on(small: Path, dense: Path, run: Run, stopwatch: dict[str, Any]) -> None:
-    shape = ["--prompt", 9, "--new-tokens", 4, "--batch", 2, "--rounds", 3, "--device", "cpu", "--dtype", "bf16"]
-    facts = only_line(run("bench", small, "--against", dense, *shape, "--json")[0])
-    assert stopwatch == {
-        "models": [str(small), str(dense)],
-        "config": speed.BenchConfig(9, 4, 2, 3, "cpu", "bf16"),
-    }
-    assert facts["against"]["name"] == str(dense)
-    assert facts["against"]["ratio"] == 1.0
 
 
 def test_report(small: Path, dense: Path, text_file: Path, tmp_path: Path, run: Run) -> None:

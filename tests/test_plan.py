@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rankwise.errors import RankwiseError
 from rankwise.plan import LayerSpec, RankPlan, check_format, layer_parameters
+from rankwise.storage import Precision
 
 
 def example() -> RankPlan:
@@ -68,6 +69,35 @@ def test_json_round_trip_keeps_every_number(tmp_path: Path) -> None:
     assert list(again.layers) == list(plan.layers)
     assert (again.other_bytes, again.provenance) == (1000, {"model": "a/b", "measured": {"dense": 22.88}})
     assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+def test_optional_fields_are_written_only_where_they_are_set(tmp_path: Path) -> None:
+    """So plans in 16 bits are what they were, byte for byte, and plans of before are read."""
+    plan = RankPlan({"a": LayerSpec("pivot", 128, 128, 64, "fp32")})
+    old = {"kind", "out_features", "in_features", "rank", "weights", "energy", "loss"}
+    assert plan.to_dict()["layers"]["a"].keys() == old
+    rounded = plan.stored_as(Precision("int4", 64))
+    assert rounded.to_dict()["layers"]["a"].keys() == old | {"group"}
+    zeros = plan.stored_as(Precision("int4", 32, True))
+    assert zeros.to_dict()["layers"]["a"].keys() == old | {"group", "asymmetric"}
+    assert plan.stored_as(Precision("nf4")).to_dict()["layers"]["a"].keys() == old
+    for each in (plan, rounded, zeros):
+        each.save(tmp_path / "plan.json")
+        assert RankPlan.load(tmp_path / "plan.json") == each
+
+
+def test_a_plan_in_another_precision() -> None:
+    layers = {"a": LayerSpec("dense", 128, 128, 128), "b": LayerSpec("lowrank", 128, 128, 64)}
+    plan = RankPlan(layers, 10, {"model": "m"}, factors=object())
+    rounded = plan.stored_as(Precision("int4", 64))
+    assert (plan.quantised, rounded.quantised) == (False, True)
+    assert (list(plan.compressed), list(rounded.compressed)) == (["b"], ["a", "b"])
+    assert (plan.bits, rounded.bits) == (16, 4.25)
+    assert rounded.ratio == plan.ratio
+    assert (rounded.other_bytes, rounded.provenance, rounded.factors) == (10, {"model": "m"}, plan.factors)
+    assert rounded.stored_as(Precision("bf16")) == plan
+    with pytest.raises(RankwiseError, match=r"^b\.group: 128; 128 does not divide rank 64"):
+        plan.stored_as(Precision("int4", 128))
 
 
 def test_factors_stay_in_memory(tmp_path: Path) -> None:

@@ -370,3 +370,13 @@ def test_sections_flatten_what_is_nested() -> None:
 )
 def test_share_never_rounds_a_loss_away(value: float | None, text: str) -> None:
     assert share(value) == text
+
+
+def test_precision_is_told_where_it_is_4_bits(tmp_path: Path) -> None:
+    layers = {"model.layers.0.q": LayerSpec("pivot", 128, 128, 64, "int4", group=64, asymmetric=True)}
+    layers["model.layers.0.k"] = LayerSpec("dense", 128, 128, 128, "nf4")
+    plan = RankPlan(layers)
+    page = write_report(plan, [], tmp_path / "report", title="4 bits").read_text()
+    assert "<td>pivot, int4 by 64, asymmetric</td>" in page
+    assert "<td>dense, nf4</td>" in page
+    assert f"{plan.bits:.2f} bits for each number that was there" in page

@@ -23,13 +23,14 @@ from rankwise.plan import FORMAT, LayerSpec, RankPlan, check_format
 
 PLAN = "plan.json"
 CONFIG = "config.json"
+DTYPES = {"uint8": "U8", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}  # safetensors' names
 CARD = """---
 library_name: transformers
 tags: [rankwise]
 ---
 # Compressed with rankwise
 
-{ratio:.1%} of the parameters of the linear layers of `{base}` are kept, as truncated factors.
+{ratio:.1%} of the parameters of the linear layers of `{base}` are kept, as truncated factors.{stored}
 
 Load it after `import rankwise`, which teaches transformers this format:
 
@@ -46,13 +47,15 @@ and `sha256sum -c SHA256SUMS` checks the files.
 
 
 def config_entry(spec: LayerSpec) -> dict[str, Any]:
-    """A compressed layer's entry in config.json."""
+    """A compressed layer's entry in config.json; optional fields only where they are set."""
+    optional = {"group": spec.group, "asymmetric": spec.asymmetric}
     return {
         "kind": spec.kind,
         "rank": spec.rank,
         "out_features": spec.out_features,
         "in_features": spec.in_features,
         "weights": spec.weights,
+        **{key: value for key, value in optional.items() if value},
     }
 
 
@@ -98,7 +101,9 @@ def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: P
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
             plan.save(staging / PLAN)
-            card = CARD.format(ratio=plan.ratio, base=plan.provenance.get("model", "a model"))
+            precisions = "; ".join(sorted({str(spec.precision) for _, spec in plan}))
+            stored = f" Stored as {precisions}." if plan.quantised else ""
+            card = CARD.format(ratio=plan.ratio, base=plan.provenance.get("model", "a model"), stored=stored)
             (staging / "README.md").write_text(card, encoding="utf-8")
             for path in (entry for entry in staging.iterdir() if entry.is_file()):
                 path.chmod(0o644)  # safetensors leaves its files readable by the owner alone
@@ -109,30 +114,42 @@ def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: P
     return out
 
 
-def shapes_on_disk(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
-    """Tensor name to shape, from the headers of safetensors files."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Tensor name to shape and dtype (by safetensors' name for it), from the headers of safetensors files."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in files:
         with open_tensors(Path(path)) as file:
             for name in file.keys():  # noqa: SIM118
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
+                header = file.get_slice(name)
+                found[name] = tuple(header.get_shape()), header.get_dtype()
+    return found
+
+
+def shapes_on_disk(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """Tensor name to shape, from the headers of safetensors files."""
+    return {name: shape for name, (shape, _) in headers(files).items()}
 
 
 def check_headers(files: Iterable[str | Path], specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
-    """Compare tensors on disk with the specs; return their shapes.
+    """Compare tensors on disk with the specs; return their shapes. Of 4-bit layers dtypes are compared too.
 
     Raises:
         RankwiseError: a tensor is missing or contradicts the plan. transformers alone would fill a missing one
             with random numbers and a warning.
     """
-    shapes = shapes_on_disk(f for f in files if str(f).endswith(".safetensors"))
+    there = headers(f for f in files if str(f).endswith(".safetensors"))
+    shapes = {name: shape for name, (shape, _) in there.items()}
     for name, spec in specs.items():
         for tensor, expected in tensor_shapes(spec).items():
             found = shapes.get(f"{name}.{tensor}")
-            if found != expected and not (spec.kind == "dense" and found == expected[::-1]):  # GPT-2 stores [in, out]
+            turned = not spec.compressed and found == expected[::-1]  # GPT-2 stores [in, out]
+            if found != expected and not turned:
                 problem = "missing" if found is None else f"shape {list(found)}"
                 raise RankwiseError(f"{name}.{tensor}", problem, f"the plan says shape {list(expected)}")
+        for tensor, stored in spec.tensors.items() if spec.quantised else ():
+            dtype = there[f"{name}.{tensor}"][1]
+            if dtype != DTYPES[stored.dtype]:
+                raise RankwiseError(f"{name}.{tensor}", dtype, f"the plan says {DTYPES[stored.dtype]}")
     return shapes
 
 
@@ -191,18 +208,24 @@ def verify(folder: str | Path) -> int:
     required = [CONFIG, PLAN, *(path.name for path in shard_files(folder))]
     count = check_checksums(folder, required)
     _, shards = open_checkpoint(folder)
-    _check_pivots(shards)
+    _check_values(shards)
     return count
 
 
-def _check_pivots(shards: list[Path]) -> None:
-    """Every pivot_index must be a permutation; anything else would mix up or lose outputs."""
+def _check_values(shards: list[Path]) -> None:
+    """A pivot_index must be a permutation, else outputs would be mixed up or lost; a zero point is a code, 0..15."""
     for path in shards:
         with open_tensors(path) as file:
-            for name in (key for key in file.keys() if key.endswith(".pivot_index")):  # noqa: SIM118
-                index = file.get_tensor(name)
-                if index.sort().values.tolist() != list(range(len(index))):
-                    raise RankwiseError(name, "no permutation", "the tensor is damaged; write the checkpoint again")
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(".pivot_index"):
+                    index, problem = file.get_tensor(name), "no permutation"
+                    good = index.sort().values.tolist() == list(range(len(index)))
+                elif name.endswith("_zero"):
+                    good, problem = bool((file.get_tensor(name) <= 15).all()), "zero points above 15"
+                else:
+                    continue
+                if not good:
+                    raise RankwiseError(name, problem, "the tensor is damaged; write the checkpoint again")
 
 
 def folder_bytes(folder: str | Path) -> int:

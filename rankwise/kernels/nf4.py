@@ -89,9 +89,11 @@ def quantize_nf4(w: torch.Tensor) -> NF4:
 def dequantize_nf4(w: NF4 | Fragments, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`level[code] · absmax`, `[m, n]`, rounded once."""
     plain = unpack_nf4(w) if isinstance(w, Fragments) else w
-    levels = torch.tensor(LEVELS, device=plain.codes.device)
-    numbers = levels[split_nibbles(plain.codes, high_first=True).int()]
-    return (numbers.unflatten(1, (-1, BLOCK)) * plain.absmax[..., None]).flatten(1).to(dtype)
+    codes = plain.codes
+    levels = torch.tensor(LEVELS, device=codes.device)
+    pairs = torch.cartesian_prod(levels, levels)  # what each byte stands for
+    numbers = pairs.index_select(0, codes.flatten().int()).view(len(codes), -1, BLOCK)
+    return (numbers * plain.absmax[..., None]).flatten(1).to(dtype)
 
 
 def repack_nf4(w: NF4) -> Fragments:

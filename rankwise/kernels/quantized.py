@@ -3,10 +3,20 @@
 import torch
 
 from rankwise.kernels.fragments import Fragments
-from rankwise.kernels.int4 import Int4, int4_linear, int4_lowrank
-from rankwise.kernels.nf4 import NF4, nf4_linear, nf4_lowrank
+from rankwise.kernels.int4 import Int4, dequantize_int4, int4_linear, int4_lowrank, repack_int4
+from rankwise.kernels.nf4 import NF4, dequantize_nf4, nf4_linear, nf4_lowrank, repack_nf4
 
-Quantized = Int4 | NF4 | Fragments
+Quantized = Int4 | NF4 | Fragments  # as the file has it, or in the order of the kernels for GPUs
+
+
+def repack(w: Int4 | NF4) -> Fragments:
+    """The order of the kernels for GPUs, for long use."""
+    return repack_nf4(w) if isinstance(w, NF4) else repack_int4(w)
+
+
+def dequantize(w: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The numbers `[m, n]` that the bytes stand for, worked out in fp32 and rounded once."""
+    return dequantize_nf4(w, dtype) if _is_nf4(w) else dequantize_int4(w, dtype)  # type: ignore[arg-type]
 
 
 def quantized_linear(x: torch.Tensor, w: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:

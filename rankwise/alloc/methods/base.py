@@ -166,8 +166,9 @@ class Method:
         return LayerSpec(kind, m, n, rank, weights, energy=kept, loss=loss, indices=indices)
 
     def restate(self, plan: RankPlan, scores: Scores, weights: str) -> RankPlan:
-        """A plan made elsewhere, its energies and losses filled in from these factors."""
-        return RankPlan({name: self.spec(name, s.kind, s.rank, scores, weights, s.indices) for name, s in plan})
+        """A plan made elsewhere, its energies and losses filled in from these factors; what is in 4 bits stays so."""
+        found = {name: self.spec(name, s.kind, s.rank, scores, weights, s.indices) for name, s in plan}
+        return RankPlan({n: found[n].stored_as(s.precision) if s.quantised else found[n] for n, s in plan})
 
     def _choices(self, shapes: dict[str, tuple[int, int]], energies: dict[str, np.ndarray]) -> dict[str, Choices]:
         return {

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 
 from rankwise.engine.runtime.scheduler import Share
+
+HOST_MULTIPLE = 16  # tokens: on a CPU the library keeps compiled code for every number of rows that it has met
 
 
 @dataclass(frozen=True)
@@ -14,11 +17,11 @@ class Batch:
     """What the decoder is given; sequences with one token come first.
 
     Args:
-        ids: `[T]` int64 tokens of all sequences, one after another.
+        ids: `[T]` int64 tokens of all sequences, one after another; those past the last sequence are padding.
         positions: `[T]` int32.
-        slots: `[T]` int32 where each token's keys and values go.
+        slots: `[T]` int32 where each token's keys and values go; -1 for padding: nowhere.
         tables: `[S, B]` int32 blocks of each sequence.
-        contexts: `[S]` int32 keys of each sequence after this step.
+        contexts: `[S]` int32 keys of each sequence after this step; 0 for padding.
         bounds: `[S + 1]` int32 where each sequence's tokens start.
         decoding: so many sequences bring one token.
         last: `[N]` int64 rows whose logits are wanted.
@@ -35,9 +38,23 @@ class Batch:
     last: torch.Tensor
     longest: int
 
+    @cached_property
+    def single(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables and contexts of the sequences with one token."""
+        return self.tables[: self.decoding], self.contexts[: self.decoding]
+
+    @cached_property
+    def several(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tables, bounds and contexts of the others; bounds count from their first token."""
+        n = self.decoding
+        return self.tables[n:], self.bounds[n:] - n, self.contexts[n:]
+
 
 def make_batch(shares: Many[Share], block_size: int, device: torch.device) -> Batch:
-    """Lay out the shares of a step, as `Scheduler.next` orders them."""
+    """Lay out the shares of a step, as `Scheduler.next` orders them.
+
+    On a CPU a step with more than single tokens is padded to a multiple of `HOST_MULTIPLE` tokens.
+    """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -50,11 +67,14 @@ def make_batch(shares: Many[Share], block_size: int, device: torch.device) -> Ba
         blocks = sequence.blocks
         slots += [blocks[at // block_size] * block_size + at % block_size for at in range(start, start + share.count)]
         contexts.append(start + share.count)
-        if share.samples:
-            last.append(len(ids) - 1)
+        last += range(len(ids) - share.wanted, len(ids))
     widest = max(len(share.sequence.blocks) for share in shares)
     tables = [share.sequence.blocks + [0] * (widest - len(share.sequence.blocks)) for share in shares]
     bounds = [0, *accumulate(share.count for share in shares)]
+    decoding = sum(share.count == 1 for share in shares)
+    if device.type == "cpu" and decoding < len(shares):
+        padding = -len(ids) % HOST_MULTIPLE
+        ids, positions, slots = ids + [0] * padding, positions + [0] * padding, slots + [-1] * padding
 
     def whole(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
@@ -66,7 +86,7 @@ def make_batch(shares: Many[Share], block_size: int, device: torch.device) -> Ba
         tables=whole(tables),
         contexts=whole(contexts),
         bounds=whole(bounds),
-        decoding=sum(share.count == 1 for share in shares),
+        decoding=decoding,
         last=whole(last, torch.int64),
         longest=max(contexts),
     )

@@ -13,7 +13,7 @@ from rankwise.errors import RankwiseError
 
 
 class BlockPool:
-    """Reference counts, free blocks in the order of their release, and known prefixes.
+    """Reference counts, free blocks (those without a known prefix first, then by their release), and known prefixes.
 
     Args:
         count: blocks.
@@ -59,6 +59,8 @@ class BlockPool:
             self.holders[block] -= 1
             if self.holders[block] == 0:
                 self.free[block] = None
+                if self.hashes[block] is None:
+                    self.free.move_to_end(block, last=False)  # nothing is lost by using it first
 
     def match(self, tokens: Sequence[int]) -> list[int]:
         """Hold the known blocks of the longest known prefix, one token at least left over; returns them."""

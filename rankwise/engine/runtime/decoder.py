@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import embedding
 
 from rankwise.engine.runtime.batch import Batch
-from rankwise.kernels import Packed, packed_linear
+from rankwise.engine.runtime.mixed import Group, packed_linear
 from rankwise.kernels.attention import decode_attention
 from rankwise.kernels.host import host_linear
 from rankwise.kernels.norm import add_rms_norm, rms_norm
@@ -78,10 +78,10 @@ class Block:
         norm_out: after the MLP, likewise.
     """
 
-    qkv: Packed
-    o: Packed
-    gate_up: Packed
-    down: Packed
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
     norm_in: torch.Tensor
     norm_mlp: torch.Tensor
     rotary: Rotary
@@ -122,7 +122,7 @@ class Decoder:
         shape = self.shape
         stream = embedding(batch.ids, self.embed)
         if shape.embed_scale != 1:
-            stream = stream * torch.tensor(shape.embed_scale, dtype=stream.dtype, device=stream.device)
+            stream = stream * float(torch.tensor(shape.embed_scale, dtype=stream.dtype))  # on the host: nothing waits
         norm = partial(rms_norm, eps=shape.eps, offset=shape.offset)
         x = norm(stream, self.blocks[0].norm_in)
         after = [*(block.norm_in for block in self.blocks[1:]), self.norm]
@@ -150,11 +150,10 @@ class Decoder:
         options: dict[str, Any] = {"scale": s.scale, "window": block.window, "softcap": s.softcap}
         n, parts = batch.decoding, []
         if n:
-            some = batch.tables[:n], batch.contexts[:n]
-            parts.append(decode_attention(q[:n], k_cache, v_cache, *some, max_context=batch.longest, **options))
+            some = {"max_context": batch.longest, **options}
+            parts.append(decode_attention(q[:n], k_cache, v_cache, *batch.single, **some))
         if n < len(batch.contexts):
-            rest = batch.tables[n:], batch.bounds[n:] - n, batch.contexts[n:]
-            parts.append(prefill_attention(q[n:], k_cache, v_cache, *rest, **options))
+            parts.append(prefill_attention(q[n:], k_cache, v_cache, *batch.several, **options))
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
         return packed_linear(y.flatten(1), block.o)
 

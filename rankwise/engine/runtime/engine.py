@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from rankwise.engine.runtime.acceptance import Choices, choose
 from rankwise.engine.runtime.batch import make_batch
 from rankwise.engine.runtime.blocks import BlockPool
 from rankwise.engine.runtime.decoder import Decoder
+from rankwise.engine.runtime.graphs import forward
+from rankwise.engine.runtime.memory import make_cache
 from rankwise.engine.runtime.params import SamplingParams
-from rankwise.engine.runtime.sampler import choose
-from rankwise.engine.runtime.scheduler import Scheduler
+from rankwise.engine.runtime.scheduler import Scheduler, Share
 from rankwise.engine.runtime.sequence import Sequence
+from rankwise.engine.runtime.speculative import Drafter, Tally
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class EngineConfig:
         most_tokens: of one step; longer prompts come in chunks.
         most_length: tokens of a sequence, its output included.
         share: keep the blocks of finished prompts for others that begin alike.
+        graphs: on a GPU, steps that only decode run as captured CUDA graphs.
     """
 
     blocks: int
@@ -35,6 +39,7 @@ class EngineConfig:
     most_tokens: int = 1024
     most_length: int = 2048
     share: bool = True
+    graphs: bool = True
 
 
 class Engine:
@@ -44,16 +49,19 @@ class Engine:
         decoder: weights.
         config: limits.
         eos: ids that end a sequence.
+        drafter: guesses ahead; the outputs are distributed as without it.
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, eos: Many[int] = ()) -> None:
-        self.decoder, self.config, self.eos = decoder, config, frozenset(eos)
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, eos: Many[int] = (), drafter: Drafter | None = None
+    ) -> None:
+        self.decoder, self.config, self.eos, self.drafter = decoder, config, frozenset(eos), drafter
         self.pool = BlockPool(config.blocks, config.block_size, share=config.share)
         limits = {"most_tokens": config.most_tokens, "most_length": config.most_length}
         self.scheduler = Scheduler(self.pool, most_sequences=config.most_sequences, **limits)
-        shape, like = decoder.shape, decoder.embed
-        size = (config.blocks, config.block_size, shape.kv_heads, shape.head_dim)
-        self.keys, self.values = ([like.new_empty(size) for _ in decoder.blocks] for _ in range(2))
+        self.keys, self.values = make_cache(decoder, self.pool)
+        cache = self.keys, self.values
+        self.forward = forward(decoder, *cache, config.most_sequences, self.scheduler.most_length, config.graphs)
 
     def add(self, prompt: Many[int], params: SamplingParams) -> Sequence:
         """Take a request; it runs in the steps that follow.
@@ -71,30 +79,45 @@ class Engine:
         if not sequence.finish_reason:
             self.finish(sequence, "cancelled")
 
-    def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a request, e.g. at a stop text; of one that just ended for its length the reason is put right."""
+    def finish(self, sequence: Sequence, reason: str, length: int | None = None) -> None:
+        """End a request, e.g. at a stop text; of one that just ended for its length the reason is put right.
+
+        Args:
+            sequence: of the request.
+            reason: `stop`, `length` or `cancelled`.
+            length: output tokens that count, if it is to end before the last of those that came in one step.
+        """
         if not sequence.finish_reason:
             self.scheduler.remove(sequence)
+            if self.drafter is not None:
+                self.drafter.forget(sequence)
         sequence.finish_reason = reason
+        if length is not None:
+            del sequence.output[length:], sequence.logprobs[length:]
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
+    @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One pass through the decoder; the sequences that got a token."""
+        """One pass through the decoder; the sequences that got tokens, each as many as its `fresh` says."""
         shares = self.scheduler.next()
         if not shares:
             return []
+        if self.drafter is not None:
+            shares = self.drafter.propose(shares, self.scheduler)
         batch = make_batch(shares, self.pool.size, self.decoder.embed.device)
-        logits = self.decoder(batch, self.keys, self.values)
-        grown = [share.sequence for share in shares if share.samples]
+        logits = self.forward(batch)
+        grown = [share for share in shares if share.wanted]
+        choices = choose(logits, [share.sequence for share in grown]) if grown else []
         for share in shares:
-            self.scheduler.done(share)
-        if grown:
-            self._append(grown, logits)
-        return grown
+            if not share.wanted:
+                self.scheduler.done(share)
+        for share, chosen in zip(grown, choices, strict=True):
+            self._append(share, chosen)
+        return [share.sequence for share in grown]
 
     def run(self) -> Iterator[list[Sequence]]:
         """Steps until nothing is left to do."""
@@ -103,19 +126,33 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Of all keys and values."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        """Of all keys and values, those of a draft model too."""
+        tensors = [*self.keys, *self.values]
+        if self.drafter is not None:
+            tensors += [*self.drafter.keys, *self.drafter.values]
+        return sum(tensor.nbytes for tensor in tensors)
 
-    @torch.inference_mode()
-    def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        tokens, logprobs = choose(logits, sequences)
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+    @property
+    def speculation(self) -> Tally | None:
+        """What came of drafting so far; None without a draft model."""
+        return None if self.drafter is None else self.drafter.tally
+
+    def _append(self, share: Share, chosen: Choices) -> None:
+        """Take the tokens of one sequence, up to one that ends it."""
+        sequence = share.sequence
+        self.scheduler.done(share, share.wanted - len(chosen))
+        if self.drafter is not None and sequence.draft:
+            self.drafter.settle(sequence, len(chosen) - 1)
+            sequence.draft.clear()
+            sequence.odds.clear()
+        sequence.fresh = 0
+        for token, logprob in chosen:
             sequence.output.append(token)
+            sequence.fresh += 1
             if logprob is not None:
                 sequence.logprobs.append(logprob)
-            reason = self._reason(sequence, token)
-            if reason:
-                self.finish(sequence, reason)
+            if reason := self._reason(sequence, token):
+                return self.finish(sequence, reason)
 
     def _reason(self, sequence: Sequence, token: int) -> str:
         params = sequence.params

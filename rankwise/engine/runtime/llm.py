@@ -4,13 +4,17 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import Any
 
+from rankwise.engine.runtime.blocks import BlockPool
+from rankwise.engine.runtime.draft import load_draft
 from rankwise.engine.runtime.engine import Engine, EngineConfig
-from rankwise.engine.runtime.loader import convert
+from rankwise.engine.runtime.loader import convert, is_supported
 from rankwise.engine.runtime.memory import MemoryPlan, plan_memory
 from rankwise.engine.runtime.params import Completion, SamplingParams
 from rankwise.engine.runtime.sequence import Sequence
+from rankwise.engine.runtime.speculative import Drafter, Tally
 from rankwise.engine.runtime.text import TextStream
 from rankwise.errors import RankwiseError
+from rankwise.kernels import native
 from rankwise.progress import Track, silent
 from rankwise.zoo import load_model
 
@@ -19,6 +23,8 @@ Prompt = str | Many[int]
 
 class LLM:
     """Text in, text out, over the engine.
+
+    `backend` says what computes: `rankwise`, our decoder, or `transformers` for architectures that it does not cover.
 
     Args:
         model: a hub id, a folder (dense or compressed), a `.gguf` file or `embedded:smollm2-135m`.
@@ -30,10 +36,18 @@ class LLM:
         max_batched_tokens: of one step; longer prompts come in chunks.
         block_size: tokens a block of the cache.
         prefix_caching: prompts that begin alike share their keys and values.
+        cuda_graphs: on a GPU, steps that only decode run as captured graphs; off saves their memory and first captures.
+        draft: a model with the same tokens that guesses ahead, usually a compressed checkpoint of `model`; None: none.
+        draft_tokens: it guesses in a step.
+        draft_sequences: while more than so many decode, nothing is guessed.
 
     Raises:
-        RankwiseError: nothing loadable there, an architecture that the runtime does not cover, or too little memory.
+        RankwiseError: nothing loadable there, an architecture that neither we nor transformers' continuous batching
+            covers, too little memory, or a draft that has other tokens.
     """
+
+    engine: Engine
+    plan: MemoryPlan
 
     def __init__(
         self,
@@ -47,25 +61,46 @@ class LLM:
         max_batched_tokens: int = 1024,
         block_size: int = 16,
         prefix_caching: bool = True,
+        cuda_graphs: bool = True,
+        draft: str | None = None,
+        draft_tokens: int = 4,
+        draft_sequences: int = 16,
     ) -> None:
+        native.start()  # the compiler, if it must run, runs while the model is read
         loaded, self.tokenizer = load_model(model, dtype, device)
-        longest = loaded.config.max_position_embeddings
+        longest = getattr(loaded.config, "max_position_embeddings", None) or max(8192, max_model_len or 0)
         length = min(longest, 8192) if max_model_len is None else max_model_len
         if not 1 < length <= longest:
             raise RankwiseError("max_model_len", length, f"allowed: 2 to {longest}")
         eos = loaded.generation_config.eos_token_id
+        self.model_config, self.device = loaded.config, loaded.device
+        self.vocabulary: int = loaded.get_input_embeddings().num_embeddings
+        ends = [eos] if isinstance(eos, int) else eos or ()
+        limits = {"most_sequences": max_sequences, "most_tokens": max_batched_tokens, "most_length": length}
+        self.backend = "rankwise" if is_supported(loaded.config) else "transformers"
+        if self.backend == "transformers":
+            if draft is not None:
+                raise RankwiseError("draft", draft, f"left out: {loaded.config.model_type} runs through transformers")
+            from rankwise.engine.runtime.fallback import make_fallback
+
+            self.engine, self.plan = make_fallback(loaded, ends, block_size, kv_tokens, limits, prefix_caching)
+            return
         decoder = convert(loaded, length)
         del loaded
-        self.plan: MemoryPlan = plan_memory(decoder, block_size, kv_tokens, max_sequences * length)
-        config = EngineConfig(
-            blocks=self.plan.blocks,
-            block_size=block_size,
-            most_sequences=max_sequences,
-            most_tokens=max_batched_tokens,
-            most_length=length,
-            share=prefix_caching,
-        )
-        self.engine = Engine(decoder, config, [eos] if isinstance(eos, int) else eos or ())
+        guesser = draft and load_draft(draft, dtype, device, length, self.tokenizer, self.vocabulary)
+        self.plan = plan_memory(decoder, block_size, kv_tokens, max_sequences * length, guesser or None)
+        config = EngineConfig(self.plan.blocks, block_size, **limits, share=prefix_caching, graphs=cuda_graphs)
+        drafter = None
+        if guesser:
+            own = limits | {"tokens": draft_tokens, "most_sequences": draft_sequences}
+            pool = BlockPool(self.plan.blocks, block_size, share=prefix_caching)
+            drafter = Drafter(guesser, pool, **own, graphs=cuda_graphs)
+        self.engine = Engine(decoder, config, ends, drafter)
+
+    @property
+    def speculation(self) -> Tally | None:
+        """What came of the draft so far; None without one."""
+        return self.engine.speculation
 
     def generate(
         self,
@@ -163,7 +198,11 @@ class LLM:
                 self.engine.cancel(sequence)
 
     def _push(self, sequence: Sequence, text: TextStream) -> str:
-        piece = text.push(sequence.output[-1])
-        if text.stopped:
-            self.engine.finish(sequence, "stop")
+        """Take a step's tokens of a sequence; what comes after a stop text is dropped."""
+        piece = ""
+        for at in range(len(sequence.output) - sequence.fresh, len(sequence.output)):
+            piece += text.push(sequence.output[at])
+            if text.stopped:
+                self.engine.finish(sequence, "stop", at + 1)
+                break
         return piece

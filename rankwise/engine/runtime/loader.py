@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.engine.layers import LowRankLinear, PivotLinear
+from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
 from rankwise.engine.runtime.decoder import Block, Decoder, Rotary, Shape
+from rankwise.engine.runtime.mixed import Group, Quantised, group_of, quantised_member
 from rankwise.errors import RankwiseError
-from rankwise.kernels import Dense, LowRank, Packed, Pivot, pack
+from rankwise.kernels import Dense, LowRank, Pivot
 from rankwise.kernels.host import prepare
 from rankwise.kernels.members import Member
-from rankwise.kernels.pack import prepared
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length so far
@@ -20,8 +20,8 @@ ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
 
 
 def is_supported(config: Any) -> bool:
-    """Whether the runtime has a decoder of its own for a model."""
-    return getattr(config, "model_type", "") in FAMILIES
+    """Whether the runtime has a decoder of its own for a model, by its configuration."""
+    return getattr(config, "model_type", "") in FAMILIES and _activation(config) in ACTIVATIONS
 
 
 def convert(model: Any, most_positions: int) -> Decoder:
@@ -34,9 +34,12 @@ def convert(model: Any, most_positions: int) -> Decoder:
     Raises:
         RankwiseError: another family, or an activation or rotary scaling that is not covered.
     """
-    if not is_supported(model.config):
-        raise RankwiseError("model_type", model.config.model_type, f"allowed: {', '.join(FAMILIES)}")
-    config, inner = model.config, model.model
+    config = model.config
+    if config.model_type not in FAMILIES:
+        raise RankwiseError("model_type", config.model_type, f"allowed: {', '.join(FAMILIES)}")
+    if not is_supported(config):
+        raise RankwiseError("activation", _activation(config), f"allowed: {', '.join(ACTIVATIONS)}")
+    inner = model.model
     angles = _angles(inner, most_positions)
     blocks = []
     for index, layer in enumerate(inner.layers):
@@ -44,13 +47,14 @@ def convert(model: Any, most_positions: int) -> Decoder:
         blocks.append(_block(layer, angles.get(kind, angles[""]), _window(config, kind)))
         _empty(layer)
     embed, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
-    return Decoder(_shape(config, inner), embed, tuple(blocks), inner.norm.weight.data, prepare(head))
+    return Decoder(_shape(config), embed, tuple(blocks), inner.norm.weight.data, prepare(head))
 
 
-def _shape(config: Any, inner: Any) -> Shape:
-    name = getattr(config, "hidden_activation", None) or config.hidden_act
-    if name not in ACTIVATIONS:
-        raise RankwiseError("activation", name, f"allowed: {', '.join(ACTIVATIONS)}")
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", ""))
+
+
+def _shape(config: Any) -> Shape:
     gemma = config.model_type == "gemma3_text"
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
@@ -61,7 +65,7 @@ def _shape(config: Any, inner: Any) -> Shape:
         offset=gemma,
         scale=config.query_pre_attn_scalar**-0.5 if gemma else None,
         softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
-        gelu=ACTIVATIONS[name],
+        gelu=ACTIVATIONS[_activation(config)],
         embed_scale=config.hidden_size**0.5 if gemma else 1.0,
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
     )
@@ -87,13 +91,16 @@ def _block(layer: Any, rotary: Rotary, window: int | None) -> Block:
     )
 
 
-def packed(modules: Sequence[nn.Module]) -> Packed:
+def packed(modules: Sequence[nn.Module]) -> Group:
     """Linear modules of any kind as one group."""
     biases = [module.bias.data if isinstance(module.bias, torch.Tensor) else None for module in modules]
-    return prepared(pack([_member(module) for module in modules], biases))
+    return group_of([_member(module) for module in modules], biases)
 
 
-def _member(module: nn.Module) -> Member:
+def _member(module: nn.Module) -> Member | Quantised:
+    if isinstance(module, CompressedLinear) and module.precision.quantised:
+        index = module.pivot_index.data if isinstance(module, PivotLinear) else None
+        return quantised_member(module, list(module.matrices), index)
     if isinstance(module, LowRankLinear):
         return LowRank(module.lowrank_v.data, module.lowrank_u.data)
     if isinstance(module, PivotLinear):
@@ -105,9 +112,9 @@ def _member(module: nn.Module) -> Member:
 def _empty(layer: nn.Module) -> None:
     """Let go of the linear layers' own tensors, which were copied; norms are shared."""
     for module in layer.modules():
-        if isinstance(module, nn.Linear | LowRankLinear | PivotLinear):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.new_empty(0)
+        if isinstance(module, nn.Linear | CompressedLinear):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.new_empty(0)
 
 
 def _angles(inner: Any, count: int) -> dict[str, Rotary]:
@@ -133,6 +140,18 @@ def _layer_type(config: Any, index: int) -> str:
         return str(types[index])
     sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return "sliding_attention" if sliding else "full_attention"
+
+
+def layer_kv_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in one layer of a model, by its configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * dim * dtype.itemsize
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """How many tokens back each layer of a model looks, by its configuration; None: all."""
+    return [_window(config, _layer_type(config, index)) for index in range(config.num_hidden_layers)]
 
 
 def _window(config: Any, kind: str) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from rankwise.engine.runtime.blocks import BlockPool
 from rankwise.engine.runtime.decoder import Decoder
 from rankwise.errors import RankwiseError
 
@@ -21,7 +22,7 @@ class MemoryPlan:
     Args:
         blocks: of the cache.
         block_size: tokens a block.
-        block_bytes: of one block over all layers.
+        block_bytes: of one block over all layers, and over those of a draft model.
         free: bytes that were free.
     """
 
@@ -40,27 +41,46 @@ class MemoryPlan:
         return f"KV cache: {self.tokens} tokens in {self.blocks} blocks, {size:.2f} GiB of {free:.2f} GiB free"
 
 
-def plan_memory(decoder: Decoder, block_size: int, tokens: int | None, wanted: int) -> MemoryPlan:
-    """Blocks for the cache.
+def make_cache(decoder: Decoder, pool: BlockPool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Keys and values of every block of a decoder, each `[num_blocks, block_size, kv_heads, head_dim]`."""
+    size = (pool.count, pool.size, decoder.shape.kv_heads, decoder.shape.head_dim)
+    keys, values = ([decoder.embed.new_empty(size) for _ in decoder.blocks] for _ in range(2))
+    return keys, values
+
+
+def plan_memory(
+    decoder: Decoder, block_size: int, tokens: int | None, wanted: int, draft: Decoder | None = None
+) -> MemoryPlan:
+    """Blocks for the cache; a draft model gets as many of its own.
 
     Args:
         decoder: loaded, on its device.
         block_size: tokens a block.
         tokens: that the user asks for; None: as many as there is room for, and `wanted` at most.
         wanted: tokens beyond which more would be of no use: all sequences at full length.
+        draft: loaded on the same device; or None.
 
     Raises:
         RankwiseError: not even one sequence of one block fits, or what the user asks for does not.
     """
-    shape, like = decoder.shape, decoder.embed
-    block_bytes = 2 * len(decoder.blocks) * block_size * shape.kv_heads * shape.head_dim * like.element_size()
-    free = free_bytes(like.device)
-    room = int(free * SHARE) if like.device.type == "cuda" else min(int(free * HOST_SHARE), MOST_HOST)
+    block_bytes = sum(_block_bytes(each, block_size) for each in (decoder, draft) if each is not None)
+    return plan_blocks(block_bytes, decoder.embed.device, block_size, tokens, wanted)
+
+
+def plan_blocks(block_bytes: int, device: torch.device, block_size: int, tokens: int | None, wanted: int) -> MemoryPlan:
+    """The same for a cache whose blocks take so many bytes over all layers."""
+    free = free_bytes(device)
+    room = int(free * SHARE) if device.type == "cuda" else min(int(free * HOST_SHARE), MOST_HOST)
     fits = room // block_bytes
     asked = -(-(tokens or wanted) // block_size)
     if fits < 1 or (tokens and asked > fits):
         raise RankwiseError("kv_tokens", tokens or block_size, f"allowed: up to {fits * block_size} (memory is full)")
     return MemoryPlan(min(asked, fits), block_size, block_bytes, free)
+
+
+def _block_bytes(decoder: Decoder, size: int) -> int:
+    shape = decoder.shape
+    return 2 * len(decoder.blocks) * size * shape.kv_heads * shape.head_dim * decoder.embed.element_size()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -58,6 +58,11 @@ class SamplingParams:
             check("logprobs", self.logprobs, 0 <= self.logprobs <= 20, "0 to 20, or None")
 
     @property
+    def fixed(self) -> bool:
+        """Whether its tokens must come out alike every time: taken by size, or drawn with a seed."""
+        return self.temperature == 0 or self.seed is not None
+
+    @property
     def penalised(self) -> bool:
         """Whether seen tokens matter."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

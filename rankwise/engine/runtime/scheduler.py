@@ -26,9 +26,10 @@ class Share:
     count: int
 
     @property
-    def samples(self) -> bool:
-        """Whether the step ends with its next token."""
-        return self.count == self.sequence.left
+    def wanted(self) -> int:
+        """For so many of its last tokens what follows is asked: 0 within a prompt, more than 1 with a draft."""
+        sequence = self.sequence
+        return max(0, min(self.count, sequence.computed + self.count - sequence.length + 1))
 
 
 class Scheduler:
@@ -64,7 +65,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._release(sequence)
+        sequence.let_go(self.pool)
 
     def next(self) -> list[Share]:
         """The shares of the next step; those with one token first. Empty when nothing is to be done."""
@@ -85,50 +86,47 @@ class Scheduler:
             budget -= share.count
         return sorted(shares, key=lambda share: share.count > 1)
 
-    def done(self, share: Share) -> None:
-        """Note that a share's keys and values are written."""
-        sequence = share.sequence
-        sequence.computed += share.count
-        if sequence.computed // self.pool.size > sequence.known:
-            written = sequence.tokens(0, sequence.computed)
-            sequence.known = self.pool.learn(sequence.blocks, written, sequence.known)
+    def done(self, share: Share, rejected: int = 0) -> None:
+        """Note that a share's keys and values are written, but for those of its last `rejected` tokens."""
+        share.sequence.advance(self.pool, share.count - rejected)
+
+    def stretch(self, sequence: Sequence, count: int) -> int:
+        """Hold blocks for draft tokens after the next one of a running sequence.
+
+        Free blocks only, so that no other sequence loses its place to a guess; `done` lets go of what was not needed.
+
+        Returns:
+            For how many of `count` there is room.
+        """
+        room = (len(sequence.blocks) + self.pool.available()) * self.pool.size - sequence.length
+        count = max(0, min(count, room))
+        sequence.hold(self.pool, sequence.left + count)
+        return count
 
     def _admit(self, sequence: Sequence, budget: int) -> Share | None:
         """Start a waiting sequence if blocks for its first chunk are free, beside one for each that runs."""
-        sequence.blocks = self.pool.match(sequence.tokens())
-        sequence.computed = len(sequence.blocks) * self.pool.size
-        sequence.known = len(sequence.blocks)
+        sequence.find(self.pool)
         count = min(sequence.left, budget)
-        if self._missing(sequence, count) + len(self.running) > self.pool.available():
-            self._release(sequence)
+        if sequence.missing(self.pool, count) + len(self.running) > self.pool.available():
+            sequence.let_go(self.pool)
             return None
         if not sequence.output:
             sequence.cached = sequence.computed
-        self._extend(sequence, count)
+        sequence.hold(self.pool, count)
         return Share(sequence, count)
 
     def _reserve(self, sequence: Sequence, count: int) -> bool:
         """Blocks for a running sequence's tokens, at the cost of the youngest others; False if it had to go itself."""
-        while self._missing(sequence, count) > self.pool.available():
+        while sequence.missing(self.pool, count) > self.pool.available():
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        self._extend(sequence, count)
+        sequence.hold(self.pool, count)
         return True
-
-    def _missing(self, sequence: Sequence, count: int) -> int:
-        return -(-(sequence.computed + count) // self.pool.size) - len(sequence.blocks)
-
-    def _extend(self, sequence: Sequence, count: int) -> None:
-        sequence.blocks += [self.pool.take() for _ in range(self._missing(sequence, count))]
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._release(sequence)
+        sequence.let_go(self.pool)
         sequence.preempted += 1
         self.waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.computed, sequence.known = [], 0, 0

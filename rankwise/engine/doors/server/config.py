@@ -27,6 +27,8 @@ class ServeConfig:
         kv_tokens: tokens that the KV cache holds; None: what memory allows.
         max_sequences: that run at once.
         prefix_caching: prompts that begin alike share their keys and values.
+        draft: a model with the same tokens that guesses ahead, usually a compressed checkpoint of `model`; None: none.
+        draft_tokens: it guesses in a step.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
 
@@ -48,6 +50,8 @@ class ServeConfig:
     kv_tokens: int | None = None
     max_sequences: int = 64
     prefix_caching: bool = True
+    draft: str | None = None
+    draft_tokens: int = 4
     device: str = "auto"
     dtype: str = "auto"
 
@@ -62,6 +66,7 @@ class ServeConfig:
         check_count("max_queue", self.max_queue, 0)
         check_count("max_body", self.max_body, 1)
         check_count("max_sequences", self.max_sequences, 1)
+        check_count("draft_tokens", self.draft_tokens, 1)
         for name in ("max_tokens", "kv_tokens", "max_model_len"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)

@@ -106,7 +106,7 @@ class EngineLoop:
         return Fault(429, message, kind="rate_limit_error", code="queue_full", headers={"Retry-After": str(wait)})
 
     def _run(self) -> None:
-        device = self.llm.engine.decoder.embed.device
+        device = self.llm.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread's own setting; kernels are launched there
         while not self._stopping:
@@ -162,33 +162,41 @@ class EngineLoop:
     def _hand_out(self, grown: list[Sequence]) -> None:
         now, told = time.monotonic(), list[tuple[Call, Piece | Fault]]()
         for sequence in grown:
+            self.metrics.generated_tokens.inc(sequence.fresh)
             live = self._live.get(sequence)
             if live is None:  # its call was given up in this very step
                 continue
-            wait = self.metrics.between if len(sequence.output) > 1 else self.metrics.first
-            wait.observe(now - live.last)
+            first = len(sequence.output) - sequence.fresh
+            for at in range(first, len(sequence.output)):  # several at once with a draft: they share the wait
+                wait = self.metrics.between if at else self.metrics.first
+                wait.observe((now - live.last) / sequence.fresh)
             live.last = now
             try:
-                told.append((live.call, self._piece(sequence, live)))
+                told += [(live.call, piece) for piece in self._pieces(sequence, live, first)]
             except Exception as error:  # of the tokenizer: this text's trouble, not the engine's
                 log.exception("a token has no text; its request was ended")
                 told.append((live.call, of_engine(error)))
                 self._cancel(live.call)
-        self.metrics.generated_tokens.inc(len(grown))
         self._tell(told)
 
-    def _piece(self, sequence: Sequence, live: Live) -> Piece:
-        offset = len(live.text.text)
-        text = live.text.push(sequence.output[-1])
-        if live.text.stopped:
-            self.llm.engine.finish(sequence, "stop")
+    def _pieces(self, sequence: Sequence, live: Live, first: int) -> list[Piece]:
+        """Of the output's tokens from `first`; what comes after a stop text is dropped."""
+        pieces = []
+        for at in range(first, len(sequence.output)):
+            offset = len(live.text.text)
+            text = live.text.push(sequence.output[at])
+            if live.text.stopped:
+                self.llm.engine.finish(sequence, "stop", at + 1)
+            ended = sequence.finish_reason if at + 1 == len(sequence.output) else ""
+            logprob = sequence.logprobs[at] if sequence.logprobs else None
+            text += live.text.finish() if ended else ""
+            pieces.append(Piece(live.index, sequence.output[at], text, offset, logprob, ended, sequence.cached))
+            if ended:
+                break
         if sequence.finish_reason:
-            text += live.text.finish()
             self._seconds += (RECENT if self._seconds else 1) * (live.last - live.born - self._seconds)
             self._end(sequence)
-        logprob = sequence.logprobs[-1] if sequence.logprobs else None
-        reason = sequence.finish_reason
-        return Piece(live.index, sequence.output[-1], text, offset, logprob, reason, sequence.cached)
+        return pieces
 
     def _end(self, sequence: Sequence) -> None:
         del self._live[sequence]
@@ -211,3 +219,4 @@ class EngineLoop:
         used = pool.count - pool.available()
         waiting, running = len(scheduler.waiting), len(scheduler.running)
         self.metrics.state = State(waiting, running, used, pool.count, self._seconds)
+        self.metrics.note(self.llm.speculation)

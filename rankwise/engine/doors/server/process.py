@@ -61,6 +61,8 @@ def serve(config: ServeConfig, as_json: bool) -> None:
             kv_tokens=config.kv_tokens,
             max_sequences=config.max_sequences,
             prefix_caching=config.prefix_caching,
+            draft=config.draft,
+            draft_tokens=config.draft_tokens,
         )
         door = Door(llm, config)
 

@@ -26,7 +26,7 @@ class Prompts:
         self.tokenizer = deepcopy(llm.tokenizer)
         self.tokenizer("first")  # sets what a tokenizer sets at first use
         self.most_length = llm.engine.scheduler.most_length
-        self.vocabulary = len(llm.engine.decoder.embed)
+        self.vocabulary = llm.vocabulary
         self.config = config
 
     def of_completion(self, body: CompletionRequest) -> list[Job]:

@@ -1,0 +1,50 @@
+"""Requests as they arrive: a seeded Poisson process over a mix of lengths."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankwise.bench.config import Load
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of a trace.
+
+    Args:
+        arrival: seconds after the trace's start.
+        prompt: ids.
+        output: tokens that it asks for.
+    """
+
+    arrival: float
+    prompt: list[int]
+    output: int
+
+
+def make_trace(load: Load, vocabulary: int, round_: int) -> list[Request]:
+    """The requests of a round, in order; the first one arrives at 0.
+
+    Args:
+        load: rate, number and mix.
+        vocabulary: ids are drawn below it.
+        round_: which; each has its own arrivals, the same for all contestants.
+    """
+    random = np.random.default_rng([load.seed, round_ + 1])
+    arrivals = np.cumsum(random.exponential(1 / load.rate, load.requests))
+    kinds = random.integers(len(load.mix), size=load.requests)
+    trace = []
+    for arrival, kind in zip(arrivals - arrivals[0], kinds, strict=True):
+        prompt, output = load.mix[kind]
+        trace.append(Request(float(arrival), _ids(random, prompt, vocabulary), output))
+    return trace
+
+
+def make_prompts(batch: int, length: int, vocabulary: int, round_: int) -> list[list[int]]:
+    """Random prompts of one length, others in every round."""
+    random = np.random.default_rng([batch, length, round_ + 1])
+    return [_ids(random, length, vocabulary) for _ in range(batch)]
+
+
+def _ids(random: np.random.Generator, length: int, vocabulary: int) -> list[int]:
+    return [int(token) for token in random.integers(vocabulary, size=length)]

@@ -1,0 +1,138 @@
+"""Groups of linear layers some of which are stored in 4 bits: the members run one after another.
+
+On a GPU a matrix in 4 bits runs in the order of the kernels. On a CPU `int4` in a bf16 model runs as it is, by the
+product that PyTorch has for it. It has none for `nf4`, and none worth using in other dtypes: there matrices are written
+out in the model's dtype when they are loaded, once, and have the speed and the size in memory of dense ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import rms_norm
+
+from rankwise import kernels
+from rankwise.engine.layers import CompressedLinear
+from rankwise.engine.matrices import dense, dequantised, lowrank
+from rankwise.engine.runtime.hostint4 import HostInt4, suits
+from rankwise.kernels import NF4, Dense, Int4, LowRank, Packed, Pivot, pack
+from rankwise.kernels.fragments import Fragments
+from rankwise.kernels.members import Member
+from rankwise.kernels.pack import prepared
+from rankwise.kernels.quantized import repack
+from rankwise.kernels.swiglu import swiglu as gated
+
+Ready = Fragments | HostInt4  # a matrix in 4 bits that can be multiplied as it is
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A layer that runs in 4 bits.
+
+    Args:
+        first: W, V or the pivots' basis.
+        second: U or the pivots' coefficients; None for a dense layer.
+        index: of a pivot layer.
+        bias: `[m]` or None.
+        outputs: m.
+    """
+
+    first: Ready
+    second: Ready | None
+    index: torch.Tensor | None
+    bias: torch.Tensor | None
+    outputs: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., n]` to `[..., m]`."""
+        if isinstance(self.first, Fragments) and isinstance(self.second, Fragments) and self.index is None:
+            return lowrank(x, self.first, self.second, self.bias)
+        if self.second is None:
+            return _product(x, self.first, self.bias)
+        z = _product(x, self.first)
+        if self.index is None:
+            return _product(z, self.second, self.bias)
+        y = torch.cat([z, _product(z, self.second)], dim=-1).index_select(-1, self.index)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A group as `packed_linear` runs it, in the place of `kernels.Packed`.
+
+    Args:
+        members: in order; those in 16 bits or more as groups of one.
+    """
+
+    members: tuple[Quantised | Packed, ...]
+
+    @property
+    def place(self) -> None:
+        """Outputs come in order: unlike those of `Packed`, pivot layers here may gate, too."""
+
+
+Group = Packed | Mixed
+
+
+def group_of(members: Sequence[Member | Quantised], biases: Sequence[torch.Tensor | None]) -> Group:
+    """A group for long use; `biases` are those of members that are not quantised."""
+    plain = [member for member in members if not isinstance(member, Quantised)]
+    if len(plain) == len(members):
+        return prepared(pack(plain, biases))
+    parts = zip(members, biases, strict=True)
+    return Mixed(tuple(m if isinstance(m, Quantised) else prepared(pack([m], [bias])) for m, bias in parts))
+
+
+def quantised_member(layer: CompressedLinear, names: Sequence[str], index: torch.Tensor | None) -> Member | Quantised:
+    """What runs a layer that is stored in 4 bits: as it is, or written out.
+
+    Args:
+        layer: of `engine.layers`.
+        names: of its one or two matrices, the first factor first.
+        index: of a pivot layer.
+    """
+    dtype, bias = layer.weight.dtype, None if layer.bias is None else layer.bias.data
+    stored = [layer.matrix(name) for name in names]
+    if all(isinstance(w, NF4 | Int4) and _runs(w, dtype) for w in stored):
+        ready = [_ready(w) for w in stored if isinstance(w, NF4 | Int4)]
+        return Quantised(ready[0], ready[1] if len(ready) > 1 else None, index, bias, layer.out_features)
+    plain = [dequantised(w, dtype) for w in stored]
+    if len(plain) == 1:
+        return Dense(*plain)
+    return LowRank(*plain) if index is None else Pivot(index, *plain)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    group: Group,
+    residual: torch.Tensor | None = None,
+    *,
+    swiglu: bool = False,
+    eps: float | None = None,
+) -> torch.Tensor:
+    """`kernels.packed_linear`, of groups of either sort."""
+    if isinstance(group, Packed):
+        return kernels.packed_linear(x, group, residual, swiglu=swiglu, eps=eps)
+    if eps is not None:
+        x = rms_norm(x, x.shape[-1:], eps=eps)
+    parts = [m(x) if isinstance(m, Quantised) else kernels.packed_linear(x, m) for m in group.members]
+    y = gated(*parts) if swiglu else parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return y if residual is None else y + residual
+
+
+def _runs(w: Int4 | NF4, dtype: torch.dtype) -> bool:
+    return _on_gpu(w) or (isinstance(w, Int4) and suits(w, dtype))
+
+
+def _on_gpu(w: Int4 | NF4) -> bool:
+    return w.codes.is_cuda
+
+
+def _ready(w: Int4 | NF4) -> Ready:
+    return HostInt4.of(w) if isinstance(w, Int4) and not _on_gpu(w) else repack(w)
+
+
+def _product(x: torch.Tensor, w: Ready, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if isinstance(w, Fragments):
+        return dense(x, w, bias)
+    return w(x) if bias is None else w(x) + bias

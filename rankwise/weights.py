@@ -1,0 +1,78 @@
+"""What `--weights` does to a job: one precision for every layer, on top of kinds and ranks that a method chooses."""
+
+from dataclasses import replace
+from math import lcm
+from typing import TYPE_CHECKING
+
+from rankwise.errors import RankwiseError
+from rankwise.plan import LayerSpec, RankPlan
+from rankwise.storage import Precision
+
+if TYPE_CHECKING:
+    from rankwise.alloc.methods.base import Method
+    from rankwise.config import CompressConfig
+
+AUTO = "auto"  # the model's own dtype
+GROUP = 64  # of int4 unless the user says otherwise
+
+
+def make_precision(weights: str, group: int | None, asymmetric: bool) -> Precision | None:
+    """A precision from the command line's options; None for `auto`.
+
+    Raises:
+        RankwiseError: unknown weights, or options that do not belong to them.
+    """
+    if weights == AUTO:
+        for field, value in {"group": group, "asymmetric": asymmetric or None}.items():
+            if value is not None:
+                raise RankwiseError(field, value, "allowed: with --weights int4")
+        return None
+    return Precision(weights, GROUP if weights == "int4" and group is None else group, asymmetric)
+
+
+def raised(method: "Method", precision: Precision) -> "Method":
+    """The method with a rank multiple that whole groups make up: ranks are the reduction of second factors."""
+    return replace(method, rank_multiple=lcm(method.rank_multiple, precision.block))
+
+
+def require_fit(precision: Precision, shapes: dict[str, tuple[int, int]], dtype: str) -> None:
+    """Raise a RankwiseError unless a model's layers, of these (out, in) and in this dtype, can be stored so."""
+    if not precision.quantised and precision.weights != dtype:
+        allowed = f"the model is loaded in {dtype}; allowed: {dtype}, nf4, int4; see --dtype for the others"
+        raise RankwiseError("weights", precision.weights, allowed)
+    for name, (_, in_features) in shapes.items():
+        try:
+            precision.require_blocks("in_features", in_features)
+        except RankwiseError as error:
+            raise RankwiseError(f"{name}.{error.field}", error.value, error.allowed) from None
+
+
+def needs_curvature(config: "CompressConfig", given: RankPlan | None) -> bool:
+    """False where every layer stays dense and is only rounded: then there is nothing to measure.
+
+    Args:
+        config: the command.
+        given: the plan that it is to carry out, or None.
+    """
+    if given is not None:
+        return any(spec.kind != "dense" for _, spec in given) or not given.quantised
+    rounds = config.precision is not None and config.precision.quantised
+    return not rounds or config.scores is not None or config.method.ratio < 1 or "dense" not in config.method.kinds
+
+
+def rounding_plan(
+    given: RankPlan | None, precision: Precision | None, shapes: dict[str, tuple[int, int]], dtype: str
+) -> RankPlan:
+    """The plan where `needs_curvature` is False.
+
+    Args:
+        given: the plan to carry out, or None: every layer stays dense, in one precision.
+        precision: that one.
+        shapes: the layers' (out, in).
+        dtype: of its numbers that are not rounded.
+    """
+    if given is not None:
+        plain = Precision(dtype)
+        return RankPlan({name: spec if spec.quantised else spec.stored_as(plain) for name, spec in given})
+    layers = {name: LayerSpec("dense", m, n, min(m, n)) for name, (m, n) in shapes.items()}
+    return RankPlan(layers).stored_as(precision or Precision(dtype))

@@ -1,0 +1,69 @@
+"""A step's tensors: padding on a CPU changes no token, and keeps the number of shapes small."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rankwise.engine.runtime import batch as layout
+from rankwise.engine.runtime.batch import Batch, make_batch
+from rankwise.engine.runtime.engine import Engine, EngineConfig
+from rankwise.engine.runtime.loader import convert
+from rankwise.engine.runtime.params import SamplingParams
+from rankwise.engine.runtime.scheduler import Share
+from rankwise.engine.runtime.sequence import Sequence
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+
+def share(count: int, computed: int = 0) -> Share:
+    sequence = Sequence(list(range(100, 100 + computed + count)), GREEDY)
+    sequence.computed, sequence.blocks = computed, [3, 1, 4, 0, 5, 9, 2, 6]
+    return Share(sequence, count)
+
+
+def test_padding_comes_last_and_writes_nowhere() -> None:
+    batch = make_batch([share(1, 6), share(9), share(4, 3)], 4, CPU)
+    assert batch.ids.tolist() == [106, *range(100, 109), *range(103, 107), 0, 0]
+    assert batch.positions.tolist() == [6, *range(9), *range(3, 7), 0, 0]
+    assert batch.slots.tolist()[:1] == [1 * 4 + 2]
+    assert batch.slots.tolist()[-2:] == [-1, -1]
+    assert batch.bounds.tolist() == [0, 1, 10, 14]
+    assert batch.contexts.tolist() == [7, 9, 7]
+    assert batch.last.tolist() == [0, 9, 13]
+    assert [bounds.tolist() for bounds in batch.several[1:]] == [[0, 9, 13], [9, 7]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_prompts_on_a_cpu_are_padded(device: str) -> None:
+    assert len(make_batch([share(1, 6), share(1, 2)], 4, torch.device(device)).ids) == 2
+    assert len(make_batch([share(5)], 4, torch.device(device)).ids) == (16 if device == "cpu" else 5)
+    assert len(make_batch([share(16)], 4, torch.device(device)).ids) == 16
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_padding_changes_no_token(tiny: Callable[..., Any], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(1)
+    prompts = [[rng.randrange(2, 500) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
+    outputs, sizes = [], []
+    for multiple in (1, 16, 7):
+        monkeypatch.setattr(layout, "HOST_MULTIPLE", multiple)
+        running = Engine(convert(tiny(family), 128), EngineConfig(60, 4, most_tokens=23, most_length=80))
+        met, forward = set(), running.forward
+
+        def noting(batch: Batch, met: set[int] = met, forward: Any = forward) -> torch.Tensor:
+            met.add(len(batch.ids))
+            return forward(batch)
+
+        running.forward = noting
+        sequences = [running.add(prompt, GREEDY) for prompt in prompts]
+        for _ in running.run():
+            pass
+        outputs.append([sequence.output for sequence in sequences])
+        sizes.append(met)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert sizes[1] - set(range(10)) <= {16, 32}
+    assert sizes[0] - set(range(10)) - {16, 32}  # without it there are others

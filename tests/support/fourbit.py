@@ -1,0 +1,50 @@
+"""Models wide enough for every group of 4-bit weights, and plans that store them so."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rankwise.plan import LayerSpec, RankPlan
+from rankwise.storage import Precision
+
+PRECISIONS = [
+    Precision("nf4"),
+    *(Precision("int4", group, asymmetric) for asymmetric in (False, True) for group in (32, 64, 128)),
+]
+
+
+def wide_model(dtype: torch.dtype = torch.float32) -> Any:
+    """A random Llama whose inputs 128 divides."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            parameter.mul_(4)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def in_turn(plan: RankPlan, precisions: list[Precision]) -> RankPlan:
+    """The plan's layers dense, lowrank and pivot in turn, in ranks that groups make up; precisions in turn as well."""
+    layers = {}
+    for number, (name, spec) in enumerate(plan):
+        precision = precisions[(number // 3) % len(precisions)]
+        m, n, rank = spec.out_features, spec.in_features, max(32, precision.block)
+        kind = ("dense", "lowrank", "pivot")[number % 3]
+        rank = min(m, n) if kind == "dense" else rank
+        layers[name] = LayerSpec(kind, m, n, rank, "fp32").stored_as(precision)
+    return RankPlan(layers, provenance=dict(plan.provenance), factors=plan.factors)
