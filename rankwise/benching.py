@@ -1,7 +1,8 @@
-"""The command `rankwise bench`; what it does is in `rankwise.bench`."""
+"""The command `rankwise bench`, and its numbers for other commands; what measures is `rankwise.bench`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -80,3 +81,17 @@ def _pair(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise RankwiseError("mix", text, "allowed: PROMPT:OUTPUT, two whole numbers")
     return int(parts[0]), int(parts[1])
+
+
+def add_speed(rows: Sequence[dict[str, Any]], config: "BenchConfig") -> list[dict[str, Any]]:
+    """The rows with times of the runtime beside them, under the names that the report has for them."""
+    from rankwise import bench as speed
+    from rankwise.progress import on_terminal
+
+    models = [row["name"] for row in rows]
+    timed = {}
+    for found in speed.bench(speed.line_up(models, ["rankwise"]), config, track=on_terminal)["rows"]:
+        names = {"prefill_ms": "ttft_ms", "decode_ms": "tpot_ms"}
+        times = {f"{ours}_p{p}": found[f"{theirs}_p{p}"] for ours, theirs in names.items() for p in (50, 95)}
+        timed[found["name"]] = {**found, **times, "tokens_per_s": found["decode_tokens_per_s"]}
+    return [{**timed[row["name"]], **row} for row in rows]

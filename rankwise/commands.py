@@ -12,6 +12,7 @@ from rankwise import console, drafted
 from rankwise.alloc.methods import METHODS
 from rankwise.alloc.options import own_options
 from rankwise.anatomy import require_context
+from rankwise.benching import add_speed
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig, check, check_count, check_seed
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
@@ -162,7 +163,7 @@ def report(
     models = [*([original] if original else []), str(folder)]
     rows = quality(models, text, windows, seq_len, device, dtype)
     if with_speed:
-        rows = _with_speed(rows, speed.BenchConfig(device=device, dtype=dtype))
+        rows = add_speed(rows, speed.BenchConfig(device=device, dtype=dtype))
     page = write_report(plan, rows, out, title=folder.name)
     console.model_table(rows, rows[0]["text"])
     console.show(f"report: {page}")
@@ -184,7 +185,7 @@ def demo(out: Path, ratio: float, as_json: bool) -> None:
             config = CompressConfig(EMBEDDED, out / name, method, text, curvature=out / "curvature")
             compress_to_folder(config, track=on_terminal)
     models = [EMBEDDED, *(str(out / name) for name in entries)]
-    rows = _with_speed(quality(models, "embedded:python-docs-test", 16, 512, "auto", "auto"), speed.BenchConfig())
+    rows = add_speed(quality(models, "embedded:python-docs-test", 16, 512, "auto", "auto"), speed.BenchConfig())
     plan = RankPlan.load(out / "global" / "plan.json")
     page = write_report(plan, rows, out / "report", title=f"{EMBEDDED}, {ratio:.0%} kept")
     console.model_table(rows, f"{EMBEDDED}: {rows[0]['text']}")
@@ -221,17 +222,6 @@ def quality(
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where there is no GPU
     return rows
-
-
-def _with_speed(rows: Sequence[Row], config: speed.BenchConfig) -> list[Row]:
-    """The rows with times of the runtime beside them, under the names that the report has for them."""
-    models = [row["name"] for row in rows]
-    timed = {}
-    for found in speed.bench(speed.line_up(models, ["rankwise"]), config, track=on_terminal)["rows"]:
-        names = {"prefill_ms": "ttft_ms", "decode_ms": "tpot_ms"}
-        times = {f"{ours}_p{p}": found[f"{theirs}_p{p}"] for ours, theirs in names.items() for p in (50, 95)}
-        timed[found["name"]] = {**found, **times, "tokens_per_s": found["decode_tokens_per_s"]}
-    return [{**timed[row["name"]], **row} for row in rows]
 
 
 def kept_share(name: str) -> float | None:
