@@ -57,7 +57,7 @@ def prompts(ids: list[int], count: int) -> list[list[int]]:
 
 def run(name: str, made: list[list[int]], batch: int, new: int) -> tuple[list[Sequence], dict[str, Any]]:
     """Finished requests, and what happened to them."""
-    tokens = (max(map(len, made)) + new) * max(1, batch // 2)  # room for half of them at full length
+    tokens = (max(map(len, made)) + new) * max(1, batch // 6)  # room for a sixth of them at full length
     shared = {"max_model_len": 512, "kv_tokens": tokens, "max_sequences": batch, "block_size": BLOCK}
     llm = LLM(name, dtype="fp32", device="cpu", max_batched_tokens=STEP, **shared)
     params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)

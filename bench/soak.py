@@ -5,8 +5,8 @@
 Starts `rankwise serve` on a free port of this machine, sends completions and chats, whole and streamed, greedy and
 sampled, with one or two choices, and ends with one JSON line: how requests ended as the clients and as the server saw
 it, memory of the server over time, and what was still held at the end. Exit code 1 if a block of the KV cache or a
-sequence is left, if a request ends in another way than it should, or if memory grew by more than `--growth` MiB
-after the first tenth of the requests.
+sequence is left, if a request ends in another way than it should or fails in the server, or if memory grew by more than
+`--growth` MiB after the first tenth of the requests.
 """
 
 import argparse
@@ -179,7 +179,8 @@ def main() -> int:
     growth = max(result["memory"]) - result["memory"][0]
     print(json.dumps(result | {"growth": round(growth, 1)}))  # noqa: T201
     expected = set(result["clients"]) <= {"completed", "given up", "status 429"}
-    clean = expected and not any(result["left"].values()) and result["exit_code"] == 0
+    broken = any(outcome.endswith(",failed") for outcome in result["server"])  # also where nobody was left to see it
+    clean = expected and not broken and not any(result["left"].values()) and result["exit_code"] == 0
     return 0 if clean and growth <= options.growth else 1
 
 

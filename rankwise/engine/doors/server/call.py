@@ -47,6 +47,7 @@ class Call:
         self.left, self.timeout, self._on_cancel = count, timeout, on_cancel
         self._items: asyncio.Queue[Piece | Fault] = asyncio.Queue()
         self._deadline = asyncio.get_running_loop().time() + timeout
+        self._gone: Fault | None = None
 
     def put(self, item: Piece | Fault) -> None:
         """A piece, or why there are no more."""
@@ -68,6 +69,8 @@ class Call:
                 raise item
             self.left -= bool(item.reason)
             yield item
+        if self._gone is not None:  # seen while a piece was being dealt with
+            raise self._gone
 
     def cancel(self) -> None:
         """Free what it holds in the engine; harmless when it has ended."""
@@ -79,5 +82,6 @@ class Call:
         """Wait until the client is gone, then cancel."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.put(Fault(499, "the client is gone", code="disconnected"))
+        self._gone = Fault(499, "the client is gone", code="disconnected")
+        self.put(self._gone)
         self.cancel()
