@@ -9,7 +9,7 @@ from rankwise.bench.arrivals import Request
 from rankwise.bench.config import BenchConfig, Contestant
 from rankwise.bench.gate import require_cache
 from rankwise.bench.memory import Footprint, footprint, of_decoder, of_model
-from rankwise.bench.stepped import Stamps, run_batch, run_trace
+from rankwise.bench.stepped import Stamps, Stepped
 from rankwise.engine.runtime.llm import LLM
 from rankwise.engine.runtime.params import SamplingParams
 from rankwise.errors import RankwiseError
@@ -58,7 +58,7 @@ def load_runner(contestant: Contestant, config: BenchConfig) -> Runner:
     return Generate(contestant, config)
 
 
-class Runtime:
+class Runtime(Stepped):
     """`rankwise.LLM`, without prefix caching: no two prompts begin alike."""
 
     def __init__(self, contestant: Contestant, config: BenchConfig) -> None:
@@ -91,14 +91,6 @@ class Runtime:
             return done.tokens, done.logprobs[-1].top
 
         require_cache(str(self.contestant), top, self.vocabulary, self.longest)
-
-    def batch(self, prompts: Sequence[list[int]], new_tokens: int) -> Stamps:
-        """As `Runner`."""
-        return run_batch(self, prompts, new_tokens)
-
-    def serve(self, trace: Sequence[Request]) -> Stamps:
-        """As `Runner`."""
-        return run_trace(self, trace)
 
     def add(self, prompt: list[int], new_tokens: int) -> Hashable:
         """As `Stepped`."""

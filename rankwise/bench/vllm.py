@@ -1,18 +1,17 @@
 """vLLM, in this process, without prefix caching."""
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from itertools import count
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankwise.bench.arrivals import Request
 from rankwise.bench.config import BenchConfig, Contestant
 from rankwise.bench.gate import require_cache
 from rankwise.bench.memory import Footprint, footprint, of_model
-from rankwise.bench.stepped import Stamps, run_batch, run_trace
+from rankwise.bench.stepped import Stepped
 from rankwise.zoo import SHORT_NAMES, TORCH_DTYPES, local_folder, resolve_device
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that its memory is this process's
@@ -24,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind
 BLOCK = 16  # tokens a block of its cache
 
 
-class Vllm:
+class Vllm(Stepped):
     """As `Runner` and `Stepped`."""
 
     def __init__(self, contestant: Contestant, config: BenchConfig) -> None:
@@ -58,14 +57,6 @@ class Vllm:
             return list(output.token_ids), {token: entry.logprob for token, entry in last}
 
         require_cache(str(self.contestant), top, self.vocabulary, self.longest)
-
-    def batch(self, prompts: Sequence[list[int]], new_tokens: int) -> Stamps:
-        """As `Runner`."""
-        return run_batch(self, prompts, new_tokens)
-
-    def serve(self, trace: Sequence[Request]) -> Stamps:
-        """As `Runner`."""
-        return run_trace(self, trace)
 
     def add(self, prompt: list[int], new_tokens: int) -> Hashable:
         """As `Stepped`."""

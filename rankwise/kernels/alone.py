@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from rankwise.kernels.backend import capability
 from rankwise.kernels.pack import alignment, table_of
-from rankwise.kernels.packed import PDL, run
+from rankwise.kernels.packed import run, starts_early
 
 
 @torch.library.custom_op("rankwise::alone", mutates_args=())
@@ -31,8 +30,7 @@ def alone(
     shapes = ((outputs, len(first), len(second)),)
     factors = first.contiguous(), second.reshape(-1), table_of(shapes, x.device), place
     row = None if bias is None else bias.contiguous()
-    pdl = PDL and capability(x.device) >= 90
-    return run(x, *factors, row, None, outputs, alignment(shapes), False, None, pdl)
+    return run(x, *factors, row, None, outputs, alignment(shapes), False, None, starts_early(x.device))
 
 
 @alone.register_fake

@@ -32,6 +32,11 @@ def splits_for(tokens: int, inner: int, ranks: int, rows: int, sms: int) -> int:
     return max(1, min(wanted, 8 if tokens == 1 else 4, inner // 256))
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether the second kernel starts before the first one ends: where a device can, if that is to be."""
+    return PDL and capability(device) >= 90
+
+
 def run(
     x: torch.Tensor,
     first: torch.Tensor,
@@ -88,8 +93,7 @@ def packed(
     eps: float | None,
 ) -> torch.Tensor:
     """`run`, as one node of a graph."""
-    pdl = PDL and capability(x.device) >= 90
-    return run(x, first, second, table, place, bias, residual, outputs, align, gated, eps, pdl)
+    return run(x, first, second, table, place, bias, residual, outputs, align, gated, eps, starts_early(x.device))
 
 
 @packed.register_fake

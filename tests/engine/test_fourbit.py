@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fourbit import PRECISIONS, in_turn, wide_model
+from fourbit import PRECISIONS, in_turn, random_layer, wide_model
 from safetensors.torch import load_file, save_file
 from tensors import DEVICE, needs_triton
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import rankwise
 from rankwise import files, pipeline
 from rankwise.engine.checkpoint import config_entry, open_checkpoint, save, verify
-from rankwise.engine.layers import CompressedLinear, PivotLinear, QuantisedLinear, build_layer, tensor_shapes
+from rankwise.engine.layers import CompressedLinear, PivotLinear, QuantisedLinear, tensor_shapes
 from rankwise.engine.matrices import dequantised
 from rankwise.errors import RankwiseError
 from rankwise.kernels import backend
@@ -235,16 +235,7 @@ LAYERS = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}-{s.prec
 
 def filled(spec: LayerSpec, bias: bool = True, dtype: torch.dtype = torch.float32) -> CompressedLinear:
     """A layer of random codes; a pivot layer's rows in random order."""
-    generator = torch.Generator().manual_seed(7)
-    layer = build_layer(spec, bias, dtype, "cpu")
-    for name, tensor in layer.state_dict().items():
-        if name == "pivot_index":
-            tensor.copy_(torch.randperm(spec.out_features, generator=generator))
-        elif tensor.dtype == torch.uint8:
-            tensor.copy_(torch.randint(0, 16 if name.endswith("_zero") else 256, tensor.shape, generator=generator))
-        else:
-            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-    return layer
+    return random_layer(spec, bias, dtype, torch.Generator().manual_seed(7))
 
 
 @LAYERS

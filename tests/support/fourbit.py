@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rankwise.engine.layers import CompressedLinear, build_layer
 from rankwise.plan import LayerSpec, RankPlan
 from rankwise.storage import Precision
 
@@ -48,3 +49,16 @@ def in_turn(plan: RankPlan, precisions: list[Precision]) -> RankPlan:
         rank = min(m, n) if kind == "dense" else rank
         layers[name] = LayerSpec(kind, m, n, rank, "fp32").stored_as(precision)
     return RankPlan(layers, provenance=dict(plan.provenance), factors=plan.factors)
+
+
+def random_layer(spec: LayerSpec, bias: bool, dtype: torch.dtype, generator: torch.Generator) -> CompressedLinear:
+    """A layer of random codes; a pivot layer's rows in random order."""
+    layer = build_layer(spec, bias, dtype, "cpu")
+    for name, tensor in layer.state_dict().items():
+        if name == "pivot_index":
+            tensor.copy_(torch.randperm(spec.out_features, generator=generator))
+        elif tensor.dtype == torch.uint8:
+            tensor.copy_(torch.randint(0, 16 if name.endswith("_zero") else 256, tensor.shape, generator=generator))
+        else:
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    return layer

@@ -12,8 +12,8 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from rankwise.engine.runtime.acceptance import Choices, choose
 from rankwise.engine.runtime.engine import EngineConfig
+from rankwise.engine.runtime.scheduler import require_fit
 from rankwise.engine.runtime.sequence import Sequence
-from rankwise.errors import RankwiseError
 
 
 class Chooser(ContinuousBatchingLogitsProcessor):
@@ -73,9 +73,7 @@ class Requests:
 
     def add(self, sequence: Sequence) -> None:
         """As our `Scheduler.add`; where sequences end is decided by us, so transformers gets no limit."""
-        length = len(sequence.prompt)
-        if not 0 < length < self.most_length:
-            raise RankwiseError("prompt", f"{length} tokens", f"allowed: 1 to {self.most_length - 1}")
+        require_fit(sequence, self.most_length)
         name = str(sequence.number)
         self.known[name] = sequence
         self.inner.add_waiting_request(RequestState(name, list(sequence.prompt), max_new_tokens=None))

@@ -32,6 +32,13 @@ class Share:
         return max(0, min(self.count, sequence.computed + self.count - sequence.length + 1))
 
 
+def require_fit(sequence: Sequence, most_length: int) -> None:
+    """Raise a RankwiseError if a prompt is empty, or leaves no room for an output."""
+    length = len(sequence.prompt)
+    if not 0 < length < most_length:
+        raise RankwiseError("prompt", f"{length} tokens", f"allowed: 1 to {most_length - 1}")
+
+
 class Scheduler:
     """Waiting and running sequences.
 
@@ -54,9 +61,7 @@ class Scheduler:
         Raises:
             RankwiseError: its prompt is empty, or leaves no room for an output.
         """
-        length = len(sequence.prompt)
-        if not 0 < length < self.most_length:
-            raise RankwiseError("prompt", f"{length} tokens", f"allowed: 1 to {self.most_length - 1}")
+        require_fit(sequence, self.most_length)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fourbit import PRECISIONS, in_turn, wide_model
+from fourbit import PRECISIONS, in_turn, random_layer, wide_model
 from tensors import DEVICE, needs_triton
 from transformers import AutoModelForCausalLM
 
 import rankwise
 from rankwise.bench.memory import tensor_bytes, tensors_in
-from rankwise.engine.layers import CompressedLinear, build_layer
+from rankwise.engine.layers import CompressedLinear
 from rankwise.engine.runtime.engine import Engine, EngineConfig
 from rankwise.engine.runtime.hostint4 import HostInt4, suits
 from rankwise.engine.runtime.loader import convert, packed
@@ -63,18 +63,8 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint: Path) -> None:
 
 def layers(specs: list[LayerSpec], dtype: torch.dtype, bias: bool = True) -> list[CompressedLinear]:
     """Random layers of the same input."""
-    generator, made = torch.Generator().manual_seed(7), []
-    for spec in specs:
-        layer = build_layer(spec, bias, dtype, "cpu")
-        for name, tensor in layer.state_dict().items():
-            if name == "pivot_index":
-                tensor.copy_(torch.randperm(spec.out_features, generator=generator))
-            elif tensor.dtype == torch.uint8:
-                tensor.copy_(torch.randint(0, 16 if name.endswith("_zero") else 256, tensor.shape, generator=generator))
-            else:
-                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-        made.append(layer.to(DEVICE))
-    return made
+    generator = torch.Generator().manual_seed(7)
+    return [random_layer(spec, bias, dtype, generator).to(DEVICE) for spec in specs]
 
 
 SPECS = {
