@@ -119,6 +119,27 @@ def runtime() -> str:
     )
 
 
+def tradeoff() -> str:
+    """Perplexity against bytes: a row a way to spend them, a part for each model."""
+    rows, parts = read("cpu/tradeoff.jsonl"), []
+    first = rows[0]
+    for plain, title in ((False, "rotated"), (True, "as it comes")):
+        own = sorted((r for r in rows if r["plain"] == plain), key=lambda r: -r.get("share", 1))
+        for row in own:
+            figures = [f"{row['perplexity'][test]:.2f}" for test in ("wikitext2", "c4")]
+            share, bits = (f"{row['share']:.1%}", f"{row['bits']:.2f}") if "share" in row else ("100%", "16")
+            parts.append(
+                [title, row["name"] + (", fed back" if row["rounding"] == "feedback" else ""), share, bits, *figures]
+            )
+    table = markdown(["model", "layers", "bytes of bf16", "bits a weight", "wikitext2", "c4"], parts)
+    return (
+        f"{table}\nPerplexity (lower is better) on {first['windows']} windows of {first['seq_len']} tokens; bytes of "
+        f"the linear layers. `{first['model']}`, curvature from {first['samples']} + {first['gradient_samples']} "
+        f"windows of `{first['train']}`. Chosen together: any kind, rank and precision; ranks, then int4: the ranks "
+        f"of `global` for bf16, all numbers rounded alike afterwards. {first['device']}, {versions(first)}.\n"
+    )
+
+
 def versions(row: dict[str, Any]) -> str:
     """Of everything but rankwise itself."""
     return ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "rankwise")
@@ -140,7 +161,7 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {"methods": methods, "quality": quality, "runtime": runtime, "zeroshot": zeroshot}
+TABLES = {"methods": methods, "quality": quality, "runtime": runtime, "tradeoff": tradeoff, "zeroshot": zeroshot}
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise import benching, serving
+from rankwise import benching, importing, serving
 from rankwise.errors import RankwiseError
 from rankwise.options import Against, Checkpoint, Device, Draft, Dtype, Json, Model, Seed, SeqLen, Text, Windows
 
@@ -28,7 +28,15 @@ TEST_LEN = 512  # the embedded test text holds 16 windows of this length
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
-    ratio: Annotated[float, typer.Option(help="Share of the linear layers' parameters to keep.")] = 0.8,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the linear layers' parameters to keep; default: 0.8.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="In place of --ratio: bytes of all weight files, e.g. 5GB, 300MiB.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits-per-weight", help="Or bits for each number of the linear layers.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="See `rankwise methods`; default: rankwise.")] = None,
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method; repeatable.")
@@ -41,11 +49,21 @@ def compress(
     ] = None,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     weights: Annotated[
-        str, typer.Option(help="How layers are stored: bf16, fp16, fp32, nf4, int4; auto: the model's dtype.")
+        str,
+        typer.Option(
+            help="How layers are stored: bf16, fp16, fp32, nf4, int4; auto: the model's dtype. With a budget of "
+            "bytes: what to choose from, joined by commas; auto: the model's dtype, nf4, int4."
+        ),
     ] = "auto",
     group: Annotated[int | None, typer.Option(help="Of int4: columns that share a scale; 32, 64, 128.")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Of int4: a zero point for every group.")] = False,
-    tolerance: Annotated[float, typer.Option(help="Largest relative miss of --ratio.")] = 0.001,
+    rounding: Annotated[
+        str | None, typer.Option(help="To 4 bits: feedback (by the curvature) or nearest; default: feedback.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave as they are: *.down_proj; repeatable.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest relative miss of the budget.")] = 0.001,
     calibration: Annotated[
         str, typer.Option(help="Text: .txt, .jsonl, embedded:python-docs, wikitext2, c4.")
     ] = "embedded:python-docs",
@@ -79,18 +97,21 @@ def compress(
     """Choose ranks under a budget and write a smaller checkpoint. Interrupted, the same command continues."""
     from rankwise import commands
     from rankwise.alloc.options import make_method
+    from rankwise.budgets import make_budget
     from rankwise.config import CompressConfig, TextConfig, check
     from rankwise.weights import make_precision
 
-    precision = make_precision(weights, group, asymmetric)
+    budget = make_budget(size, bits, weights, group, asymmetric)
+    precision = None if budget else make_precision(weights, group, asymmetric)
+    check("ratio", ratio, ratio is None or budget is None, "left out with --size and --bits-per-weight")
     if scores:
-        decided = {"method": method, "set": options, "kinds": kinds, "sides": sides}
+        decided = {"method": method, "set": options, "kinds": kinds, "sides": sides, "keep": keep}
         for name, value in decided.items():
             check(name, value, value is None, "left out: with --from, the scores' own method plans")
     shared = {"kinds": kinds, "rank_multiple": rank_multiple, "tolerance": tolerance, "sides": sides}
-    made = make_method(method or "rankwise", ratio, shared, options or [])
+    made = make_method(method or "rankwise", 0.8 if ratio is None else ratio, shared | {"keep": keep}, options or [])
     text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed, learn, learn_samples)
-    work = device, dtype, curvature, plan, restart, refit, heal, score_only, scores, precision
+    work = device, dtype, curvature, plan, restart, refit, heal, score_only, scores, precision, budget, rounding
     config = CompressConfig(model, out, made, text, *work)
     commands.compress(config, as_json)
 
@@ -157,7 +178,8 @@ def generate(
 
 
 app.command()(benching.bench)
-app.command()(serving.serve)
+app.command(context_settings={"allow_extra_args": True})(serving.serve)
+app.command(name="import")(importing.import_)
 
 
 @app.command()

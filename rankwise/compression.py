@@ -7,29 +7,30 @@ from typing import Any
 import torch
 
 from rankwise.alloc.calibration import Calibration
-from rankwise.alloc.curvature import Curvature, hash_windows
+from rankwise.alloc.curvature import Curvature, collect, hash_windows
 from rankwise.alloc.heal import HealConfig, heal
 from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
-from rankwise.alloc.teacher import KEPT, Teacher
-from rankwise.anatomy import block_linears, features, weight_of
+from rankwise.alloc.teacher import Teacher
+from rankwise.anatomy import block_linears, features
 from rankwise.config import CompressConfig
 from rankwise.engine.checkpoint import PLAN, save
 from rankwise.evaluate import perplexity
-from rankwise.files import disk_guard, publish, require_room
-from rankwise.jobs import Job, work_folder
+from rankwise.files import disk_guard, publish
+from rankwise.jobs import Job
 from rankwise.pipeline import check_plan, compress, measure_factors, round_layers, tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
+from rankwise.quantize import Rounding, nearest
+from rankwise.room import JUDGES, require_room_for, roomy
+from rankwise.rounded import make_rounding, plan_bytes, require_budget
 from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_scores
 from rankwise.storage import Precision
-from rankwise.weights import needs_curvature, require_fit, rounding_plan
+from rankwise.weights import needs_curvature, needs_factors, require_fit, rounding_plan
 from rankwise.windows import cut_windows, read_texts
 from rankwise.zoo import load_model, model_dtype, resolve_device
-
-JUDGES = 8  # windows, of those for the output gradients, that judge a refit and a healing
 
 
 @dataclass
@@ -64,7 +65,7 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     """
     given = RankPlan.load(config.plan) if config.plan else None
     if given is not None and config.precision is not None:
-        given = given.stored_as(config.precision)
+        given = given.stored_as(config.precision, config.method.pins)
     if config.scores:
         require_scores(config.scores)
     resolve_device(config.device)
@@ -72,7 +73,7 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     model, tokenizer = load_model(config.model, config.dtype)
     _check_model(config, given, model)
     windows = cut_windows(config, raw, model, tokenizer)
-    _require_room(config, given, model, windows)
+    require_room_for(config, given, model, windows)
     identity = identify_job(config, model_dtype(model))
     with Job.open(config.out, identity, restart=config.restart) as job, disk_guard(config.out):
         work = Work(config, model, tokenizer, windows, job.folder, track)
@@ -85,8 +86,11 @@ def _check_model(config: CompressConfig, given: RankPlan | None, model: Any) -> 
     """The plan fits the model, or the budget is within reach: known before work begins."""
     shapes = _shapes(model)
     if config.precision is not None:
-        require_fit(config.precision, shapes, model_dtype(model))
-    if given is not None:
+        rounded = {name: shape for name, shape in shapes.items() if not config.method.pins(name)}
+        require_fit(config.precision, rounded, model_dtype(model))
+    if config.budget is not None:
+        require_budget(config, model)
+    elif given is not None:
         check_plan(given, shapes)
     elif config.scores is None:
         config.method.check_budget(shapes)
@@ -100,14 +104,18 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     config, model = work.config, work.model
     if config.out.exists():  # the last run was killed between the rename and the cleaning up
         return RankPlan.load(config.out / PLAN)
-    plan, factors = _from_scores(work) if config.scores else _from_text(work, given)
+    plan, factors, curvature = _from_scores(work) if config.scores else _from_text(work, given)
     before = _perplexity(work)
     whole = plan.stored_as(Precision(model_dtype(model)))  # healing comes before rounding
     teacher = _teach(work) if config.heal > 0 and whole.compressed else None
-    compress(model, plan if teacher is None else whole, factors, track=work.track)
+    rounding: Rounding = nearest
+    if plan.quantised and config.feeds_back and curvature is not None:
+        fitted = teacher is not None or isinstance(factors, Refitted)
+        rounding = make_rounding(config, model, curvature, work.folder / "rounded", fitted=fitted)
+    compress(model, plan if teacher is None else whole, factors, rounding=rounding, track=work.track)
     if teacher is not None:
         _heal(work, whole, teacher)
-        round_layers(model, plan)
+        round_layers(model, plan, rounding, track=work.track)
     after = _perplexity(work)
     if before is not None:
         plan.provenance["measured"] = {"windows": len(work.windows["measure"]), "dense": before, "compressed": after}
@@ -116,28 +124,33 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     return plan
 
 
-def _from_text(work: Work, given: RankPlan | None) -> tuple[RankPlan, FactorStore | Refitted | None]:
-    """A plan, and its factors, refitted if that is asked for; without factors where no layer is factored."""
-    precision, weights = work.config.precision, model_dtype(work.model)
-    if not needs_curvature(work.config, given):
-        plan = rounding_plan(given, precision, _shapes(work.model), weights)
-        plan.provenance = provenance(work.config, {"measured": False}, weights)
-        return plan, None
+Made = tuple[RankPlan, FactorStore | Refitted | None, Curvature | None]
+
+
+def _from_text(work: Work, given: RankPlan | None) -> Made:
+    """A plan, its factors (refitted if that is asked for; none where no layer is factored), and the curvature."""
+    config, precision, weights = work.config, work.config.precision, model_dtype(work.model)
+    if not needs_factors(config, given):
+        plan = rounding_plan(given, precision, _shapes(work.model), weights, config.method.pins)
+        curvature = _curvature(work) if config.feeds_back else None
+        identity = {"measured": False} if curvature is None else curvature.identity
+        plan.provenance = provenance(config, identity, weights)
+        return plan, None, curvature
     store, curvature = _factors(work, work.folder / FACTORS)
     plan, _ = _plan(work, given, store, curvature)
-    plan = plan if precision is None else plan.stored_as(precision)
-    plan.provenance = provenance(work.config, curvature.identity, weights)
-    return plan, _refit(work, plan, store, curvature) if work.config.refits else store
+    plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
+    plan.provenance = provenance(config, curvature.identity, weights)
+    return plan, _refit(work, plan, store, curvature) if config.refits else store, curvature
 
 
-def _from_scores(work: Work) -> tuple[RankPlan, FactorStore]:
+def _from_scores(work: Work) -> Made:
     """A plan of the method and the text that the scores were made with."""
     config, weights = work.config, model_dtype(work.model)
     scores = open_scores(Path(str(config.scores)), work.model)
     plan, options = scores.allocate_in(config.precision, config.method.ratio, weights)
     plan.provenance = provenance(config, scores.facts["curvature"], weights)
     plan.provenance |= {"options": options, "calibration": scores.facts["calibration"]}
-    return plan, scores.store
+    return plan, scores.store, None
 
 
 def _score(work: Work) -> RankPlan:
@@ -154,6 +167,16 @@ def _score(work: Work) -> RankPlan:
     return plan
 
 
+def _curvature(work: Work) -> Curvature:
+    """Second moments alone, for rounding."""
+    config, windows = work.config, work.windows
+    folder, device = config.curvature or work.folder / "curvature", resolve_device(config.device)
+    gradients = windows["gradients"] if config.method.two_sided else None
+    return collect(
+        work.model, windows["inputs"], gradients, folder, device=device, seed=config.text.seed, track=work.track
+    )
+
+
 def _factors(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:
     """Curvature and factors; output gradients also where only the refit asks for them."""
     config = work.config
@@ -168,6 +191,9 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
     config, weights = work.config, model_dtype(work.model)
     if given is not None:
         return config.method.restate(given, store, weights), None
+    if config.budget is not None:
+        table = work.folder / "rounding"
+        return plan_bytes(config, work.model, store, curvature, table, work.track), None
     if not config.method.learns:
         return config.method.allocate(store, weights), None
     device, folder = resolve_device(config.device), work.folder / "learning"
@@ -197,7 +223,7 @@ def _healing_windows(work: Work) -> torch.Tensor:
 def _teach(work: Work) -> Teacher:
     """What the dense model says of every window, on disk."""
     teacher = Teacher(work.folder / "teacher")
-    model = work.model.to(_roomy(resolve_device(work.config.device), work.model))
+    model = work.model.to(roomy(resolve_device(work.config.device), work.model))
     teacher.listen(model, _healing_windows(work), track=work.track)
     model.to("cpu")
     return teacher
@@ -205,7 +231,7 @@ def _teach(work: Work) -> Teacher:
 
 def _heal(work: Work, plan: RankPlan, teacher: Teacher) -> None:
     config, windows = work.config, _healing_windows(work)
-    work.model.to(_roomy(resolve_device(config.device), work.model))
+    work.model.to(roomy(resolve_device(config.device), work.model))
     options = HealConfig(steps=config.heal, seed=config.text.seed)
     identity = {"plan": plan.to_dict(), "options": asdict(options), "text": hash_windows(windows)}
     judges = min(JUDGES, len(work.windows["gradients"]))
@@ -219,32 +245,6 @@ def _perplexity(work: Work) -> float | None:
     windows, model = work.windows["measure"], work.model
     if not len(windows):
         return None
-    value = perplexity(model.to(_roomy(resolve_device(work.config.device), model)), windows, track=work.track)
+    value = perplexity(model.to(roomy(resolve_device(work.config.device), model)), windows, track=work.track)
     model.to("cpu")
     return value
-
-
-def _roomy(device: torch.device, model: Any) -> torch.device:
-    """The device, or the CPU where the whole model would not fit on it."""
-    if device.type == "cuda" and 1.25 * tensor_bytes(model) > torch.cuda.mem_get_info(device)[0]:
-        return torch.device("cpu")
-    return device
-
-
-def _require_room(config: CompressConfig, given: RankPlan | None, model: Any, windows: dict[str, torch.Tensor]) -> None:
-    """Work folder and result, estimated from above before hours are spent; what an earlier run left counts."""
-    if config.out.exists():
-        return
-    weights = [weight_of(m) for block in block_linears(model) for m in block.values()]
-    outputs = config.method.two_sided or config.refits
-    moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if outputs else 0)) for w in weights)
-    factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
-    measures = needs_curvature(config, given)
-    needed = tensor_bytes(model) + (moments + factors if measures and not config.scores else 0)
-    needed += factors if measures and config.refits else 0
-    if config.heal:  # values, best values and two moments of Adam; the last save stays until the next is complete
-        heard = windows["learn"].numel() + windows["gradients"][:JUDGES].numel()
-        needed += 2 * 4 * 4 * sum(w.numel() for w in weights) + 8 * KEPT * heard
-    folders = [work_folder(config.out), *([config.curvature] if config.curvature else [])]
-    there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    require_room(config.out.absolute().parent, max(0, needed - there))

@@ -1,17 +1,18 @@
 """Options as dataclasses, checked when they are made."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankwise.budgets import ByteBudget
 from rankwise.errors import RankwiseError
-from rankwise.jobs import is_unfinished
+from rankwise.jobs import is_free
 from rankwise.storage import Precision
 from rankwise.weights import raised
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
+ROUNDINGS = ("feedback", "nearest")
 EMBEDDED_TEXT = "embedded:python-docs"
 
 
@@ -101,6 +102,9 @@ class CompressConfig:
         scores: such a folder: make the plan from it, without text.
         precision: how every layer's numbers are stored; None is the model's dtype, or what `plan` says. For 4 bits the
             method's rank multiple is raised so that groups divide the ranks.
+        budget: bytes instead of a ratio: then precisions are chosen layer by layer, together with kinds and ranks.
+        rounding: to 4 bits: `feedback` makes up for errors in the metric of the curvature, `nearest` does not; None is
+            `feedback` unless the plan is made from scores, which hold no curvature.
     """
 
     model: str
@@ -117,9 +121,12 @@ class CompressConfig:
     score_only: bool = False
     scores: Path | None = None
     precision: Precision | None = None
+    budget: ByteBudget | None = None
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
         check_count("heal", self.heal, 0)
+        self._check_bytes()
         scored = self.score_only and self.precision is not None
         check("score_only", "with weights", not scored, "one of score_only and weights: scores hold no weights")
         if self.precision is not None:
@@ -130,8 +137,24 @@ class CompressConfig:
         check("scores", "with plan", not (self.scores and self.plan), "one of scores and plan")
         check("refit", "with scores", not (self.scores and self.refit), "without scores, which hold no curvature")
         check("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
-        free = not os.path.lexists(self.out) or (is_unfinished(self.out) and not self.restart)
-        check("out", str(self.out), free, "a folder that does not exist yet")
+        check("out", str(self.out), is_free(self.out, self.restart), "a folder that does not exist yet")
+
+    def _check_bytes(self) -> None:
+        if self.rounding is not None:
+            check("rounding", self.rounding, self.rounding in ROUNDINGS, ", ".join(ROUNDINGS))
+            known = not (self.scores and self.rounding == "feedback")
+            check("rounding", "feedback with scores", known, "nearest with scores, which hold no curvature")
+        if self.budget is None:
+            return
+        field = "size" if self.budget.bits is None else "bits_per_weight"
+        for name in ("scores", "plan", "precision", "score_only"):
+            check(field, f"with {name}", not getattr(self, name), f"one of {field} and {name}")
+        check("method", self.method.name, self.method.spends_bytes, f"rankwise or global with {field}")
+
+    @property
+    def feeds_back(self) -> bool:
+        """True if what is rounded to 4 bits is rounded by what the curvature says."""
+        return self.rounding == "feedback" or (self.rounding is None and self.scores is None)
 
     @property
     def refits(self) -> bool:

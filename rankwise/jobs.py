@@ -66,6 +66,11 @@ def is_unfinished(out: Path) -> bool:
     return (work_folder(out) / JOB).exists()
 
 
+def is_free(out: Path, restart: bool) -> bool:
+    """True if nothing is at `out` but, without `restart`, what unfinished work may have put there last."""
+    return not os.path.lexists(out) or (is_unfinished(out) and not restart)
+
+
 class Job:
     """The work folder `.<out>.rankwise` of one result.
 

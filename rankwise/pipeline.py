@@ -113,20 +113,23 @@ def compress(
 
 
 @torch.no_grad()
-def round_layers(model: Any, plan: RankPlan, rounding: Rounding = nearest) -> None:
+def round_layers(model: Any, plan: RankPlan, rounding: Rounding = nearest, *, track: Track = silent) -> None:
     """Round layers in place that `compress` made of the same plan in 16 or 32 bits: for what must come before rounding.
 
     Args:
         model: made by `compress`.
         plan: some of its layers are to be stored in 4 bits.
         rounding: as in `compress`.
+        track: progress.
     """
-    for name, spec in plan.compressed.items():
-        if spec.quantised:
+    rounded = {name: spec for name, spec in plan.compressed.items() if spec.quantised}
+    with track("rounding", len(rounded)) as advance:
+        for name, spec in rounded.items():
             old = model.get_submodule(name)
             parts = {part: weight_of(old) if spec.kind == "dense" else getattr(old, part) for part in spec.matrices}
             parts |= {"pivot_index": old.pivot_index} if spec.kind == "pivot" else {}
             _replace(model, name, spec, parts, old, rounding)
+            advance()
     attach(model, plan.compressed)
 
 

@@ -4,7 +4,7 @@ A plan says of every linear layer of the decoder blocks what it becomes. It is J
 compared and edited by hand; `rankwise compress --plan` accepts one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,14 @@ class RankPlan:
         """Bits that all linear layers take, for each number that they held before; 0 if none is listed."""
         return 8 * self.bytes / self.dense_parameters if self.layers else 0.0
 
-    def stored_as(self, precision: Precision) -> "RankPlan":
-        """The same kinds and ranks, every layer's numbers stored in one way.
+    def stored_as(self, precision: Precision, keep: Callable[[str], bool] | None = None) -> "RankPlan":
+        """The same kinds and ranks, every layer's numbers stored in one way; layers for which `keep` is true stay.
 
         Raises:
             RankwiseError: its blocks do not divide a layer's sizes; the field names the layer.
         """
-        layers = {name: _for_layer(name, spec, precision) for name, spec in self}
+        kept = {name for name in self.layers if keep is not None and keep(name)}
+        layers = {name: spec if name in kept else _for_layer(name, spec, precision) for name, spec in self}
         return replace(self, layers=layers)
 
     def counts(self) -> dict[str, int]:

@@ -32,6 +32,8 @@ def identify_job(config: CompressConfig, weights: str) -> dict[str, Any]:
         "score_only": config.score_only,
         "scores": read_json(config.scores / "scores.json") if config.scores else None,
         **({"precision": asdict(config.precision)} if config.precision else {}),
+        **({"budget": asdict(config.budget)} if config.budget else {}),
+        **({"rounding": "feedback" if config.feeds_back else "nearest"} if _rounds(config) else {}),
     }
     return dict(json.loads(json.dumps(identity)))
 
@@ -47,5 +49,10 @@ def provenance(config: CompressConfig, curvature: dict[str, Any], weights: str) 
     job = identify_job(config, weights)
     options = {"method": "plan", "sides": config.method.sides} if config.plan else job["options"]
     facts = {"model": job["model"], "weights": weights, "options": options, "calibration": job["calibration"]}
-    facts |= {"precision": job["precision"]} if "precision" in job else {}
+    facts |= {key: job[key] for key in ("precision", "budget", "rounding") if key in job}
     return {**facts, "curvature": curvature, "versions": versions()}
+
+
+def _rounds(config: CompressConfig) -> bool:
+    """Whether the command may store layers in 4 bits."""
+    return bool(config.budget or config.plan or (config.precision and config.precision.quantised))

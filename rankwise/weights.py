@@ -1,5 +1,6 @@
 """What `--weights` does to a job: one precision for every layer, on top of kinds and ranks that a method chooses."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING
@@ -48,7 +49,15 @@ def require_fit(precision: Precision, shapes: dict[str, tuple[int, int]], dtype:
 
 
 def needs_curvature(config: "CompressConfig", given: RankPlan | None) -> bool:
-    """False where every layer stays dense and is only rounded: then there is nothing to measure.
+    """False where every layer stays dense and is only rounded to the nearest codes: then there is nothing to measure.
+
+    Arguments are those of `needs_factors`.
+    """
+    return needs_factors(config, given) or config.feeds_back
+
+
+def needs_factors(config: "CompressConfig", given: RankPlan | None) -> bool:
+    """False where every layer stays dense and is only rounded.
 
     Args:
         config: the command.
@@ -57,22 +66,29 @@ def needs_curvature(config: "CompressConfig", given: RankPlan | None) -> bool:
     if given is not None:
         return any(spec.kind != "dense" for _, spec in given) or not given.quantised
     rounds = config.precision is not None and config.precision.quantised
+    if config.budget is not None:
+        return True
     return not rounds or config.scores is not None or config.method.ratio < 1 or "dense" not in config.method.kinds
 
 
 def rounding_plan(
-    given: RankPlan | None, precision: Precision | None, shapes: dict[str, tuple[int, int]], dtype: str
+    given: RankPlan | None,
+    precision: Precision | None,
+    shapes: dict[str, tuple[int, int]],
+    dtype: str,
+    keep: Callable[[str], bool] | None = None,
 ) -> RankPlan:
-    """The plan where `needs_curvature` is False.
+    """The plan where `needs_factors` is False.
 
     Args:
         given: the plan to carry out, or None: every layer stays dense, in one precision.
         precision: that one.
         shapes: the layers' (out, in).
         dtype: of its numbers that are not rounded.
+        keep: names of layers that are not.
     """
     if given is not None:
         plain = Precision(dtype)
         return RankPlan({name: spec if spec.quantised else spec.stored_as(plain) for name, spec in given})
     layers = {name: LayerSpec("dense", m, n, min(m, n)) for name, (m, n) in shapes.items()}
-    return RankPlan(layers).stored_as(precision or Precision(dtype))
+    return RankPlan(layers).stored_as(Precision(dtype)).stored_as(precision or Precision(dtype), keep)

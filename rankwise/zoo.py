@@ -62,7 +62,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[A
     target = resolve_device(device)
     check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
     folder = _gguf_as_folder(source, "bf16" if dtype == "auto" else dtype) if _is_gguf(source) else source
-    _require_folder(folder)
+    require_folder(folder)
     model, info = _from_pretrained(folder, source, dtype)
     _require_complete(info, source)
     require_causal(model)
@@ -113,7 +113,8 @@ def _is_gguf(source: str) -> bool:
     return source.startswith("embedded:") or source.endswith(".gguf")
 
 
-def _require_folder(folder: str) -> None:
+def require_folder(folder: str) -> None:
+    """Raise a RankwiseError if a model's name looks like a path, and no folder with config.json is there."""
     path = Path(folder)
     looks_local = path.exists() or folder.startswith((".", "/", "~")) or folder.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
@@ -128,6 +129,9 @@ def _from_pretrained(folder: str, source: str, dtype: str) -> tuple[Any, dict[st
     except RankwiseError:
         raise
     except Exception as error:  # transformers, safetensors and the hub each raise their own families
+        if isinstance(error, ImportError) and "bitsandbytes" in str(error):
+            reason = f"{source} (stored by bitsandbytes, which is not installed)"
+            raise RankwiseError("model", reason, "pip install bitsandbytes; nf4 also: rankwise import") from None
         reason = f"{source} ({type(error).__name__}: {_first_line(error)})"
         raise RankwiseError("model", reason, f"allowed: {ALLOWED}") from error
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rankwise
-from rankwise import compression
+from rankwise import compression, room
 from rankwise.alloc.methods.base import Method
 from rankwise.anatomy import weight_of
 from rankwise.compression import compress_to_folder
@@ -411,7 +411,7 @@ def test_room_is_asked_for_what_the_stages_leave(
     """The estimate is above what lies in the folders at the end of the work, and not by orders of magnitude."""
     needed: list[int] = []
     used: list[int] = []
-    monkeypatch.setattr(compression, "require_room", lambda folder, size: needed.append(size))
+    monkeypatch.setattr(room, "require_room", lambda folder, size: needed.append(size))
     original = compression.save
 
     def weighed(*arguments: Any, **options: Any) -> Any:

@@ -55,7 +55,7 @@ def test_a_model_that_is_only_rounded_is_not_measured(
     config: Callable[..., CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rankwise.compression.measure_factors", pytest.fail)
-    asked = config("a", rankwise.Rankwise(1.0), precision=Precision("nf4"))
+    asked = config("a", rankwise.Rankwise(1.0), precision=Precision("nf4"), rounding="nearest")
     plan = compress_to_folder(asked)
     assert {(spec.kind, spec.weights) for _, spec in plan} == {("dense", "nf4")}
     assert plan.ratio == 1
@@ -64,11 +64,27 @@ def test_a_model_that_is_only_rounded_is_not_measured(
     measured = plan.provenance["measured"]
     assert 0 < abs(measured["compressed"] / measured["dense"] - 1) < 0.5
     assert verify(tmp_path / "a") >= 6
-    given = config("b", rankwise.Rankwise(0.8), plan=tmp_path / "a" / "plan.json")
+    given = config("b", rankwise.Rankwise(0.8), plan=tmp_path / "a" / "plan.json", rounding="nearest")
     given = replace(given, text=TextConfig("no.txt", measure=0))  # nobody asks for it
     again = compress_to_folder(given)
     assert again.layers == plan.layers
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+
+
+def test_rounding_by_the_curvature_needs_no_factors(
+    config: Callable[..., CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankwise.compression.measure_factors", pytest.fail)
+    found = {}
+    for rounding in ("feedback", "nearest"):
+        asked = config(rounding, rankwise.Rankwise(1.0), precision=Precision("int4", 128), rounding=rounding)
+        found[rounding] = compress_to_folder(asked)
+    assert found["feedback"].layers == found["nearest"].layers
+    assert found["feedback"].provenance["curvature"]["blocks"] == 2
+    assert found["feedback"].provenance["rounding"] == "feedback"
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in found)
+    assert any(not torch.equal(a[name], b[name]) for name in a if name.endswith("_int4"))
+    assert verify(tmp_path / "feedback") >= 6
 
 
 def test_a_budget_in_ranks_that_groups_divide(config: Callable[..., CompressConfig], tmp_path: Path) -> None:
@@ -119,7 +135,7 @@ def test_learnt_scores_of_other_ranks_say_what_is_needed(config: Callable[..., C
 def test_the_command(wide: Path, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["compress", str(wide), "--out", str(tmp_path / "out"), "--ratio", "1", "--weights", "int4"]
     command += ["--group", "128", "--asymmetric", "--calibration", str(text_file), "--measure", "1", "--seq-len", "32"]
-    command += ["--samples", "4", "--gradient-samples", "2", "--json"]
+    command += ["--samples", "4", "--gradient-samples", "2", "--rounding", "nearest", "--json"]
     with pytest.raises(SystemExit) as ended:
         main(command)
     told = capfd.readouterr()

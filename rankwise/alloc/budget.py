@@ -65,7 +65,8 @@ def require_choices(choices: dict[str, Choices], multiple: int) -> None:
     """Raise a RankwiseError if some layer may become nothing at all."""
     for name, entry in choices.items():
         if not entry.kind:
-            raise RankwiseError("rank_multiple", multiple, f"too large for {name}; smaller, or allow the kind dense")
+            allowed = "smaller (groups of 4-bit weights raise it), or allow the kind dense"
+            raise RankwiseError("rank_multiple", multiple, f"too large for {name}; {allowed}")
 
 
 def require_reachable(choices: dict[str, Choices], target: float, total: int) -> None:

@@ -9,7 +9,7 @@ from rankwise.alloc.methods import method_by_name
 from rankwise.alloc.methods.base import Method
 from rankwise.errors import RankwiseError
 
-SHARED = ("ratio", "kinds", "rank_multiple", "tolerance", "sides")  # have options of their own
+SHARED = ("ratio", "kinds", "rank_multiple", "tolerance", "sides", "keep")  # have options of their own
 PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (int, "a whole number"),
     float: (float, "a number"),
@@ -35,6 +35,8 @@ def make_method(name: str, ratio: float, shared: dict[str, Any], settings: list[
     given = {key: value for key, value in shared.items() if value is not None}
     if "kinds" in given:
         given["kinds"] = tuple(given["kinds"].split(","))
+    if "keep" in given:
+        given["keep"] = tuple(given["keep"])
     own = own_options(made)
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -83,7 +83,7 @@ def round_lowrank(
     """
     w, c, f = _problem(weight, inputs, outputs)
     given = _factors(w, u, v)
-    turned_u, turned_v = _turned(*given)
+    turned_u, turned_v = turned(*given)
     first = _feedback(turned_v, grid, c, turned_u.T @ _applied(f, turned_u))
     v_hat = decoded(first)
     inner = v_hat @ c @ v_hat.T
@@ -157,7 +157,7 @@ def _feedback(w: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.
     return pack(round_both(w, columns, triangle(outputs), scales, grid), scales, grid)
 
 
-def _turned(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def turned(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product, each component with the same norm in both factors, then all mixed by one random rotation."""
     scale = (v.norm(dim=1) / u.norm(dim=0)).sqrt()
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise.engine.card import write_card
 from rankwise.engine.layers import tensor_shapes
 from rankwise.errors import RankwiseError
 from rankwise.files import (
@@ -24,26 +25,6 @@ from rankwise.plan import FORMAT, LayerSpec, RankPlan, check_format
 PLAN = "plan.json"
 CONFIG = "config.json"
 DTYPES = {"uint8": "U8", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}  # safetensors' names
-CARD = """---
-library_name: transformers
-tags: [rankwise]
----
-# Compressed with rankwise
-
-{ratio:.1%} of the parameters of the linear layers of `{base}` are kept, as truncated factors.{stored}
-
-Load it after `import rankwise`, which teaches transformers this format:
-
-```python
-import rankwise
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-
-Without that import transformers stops with a shape mismatch on `weight`; never pass `ignore_mismatched_sizes=True`
-to get past it, as the layers would be filled with random numbers. `plan.json` lists what each layer became,
-and `sha256sum -c SHA256SUMS` checks the files.
-"""
 
 
 def config_entry(spec: LayerSpec) -> dict[str, Any]:
@@ -101,10 +82,7 @@ def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: P
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
             plan.save(staging / PLAN)
-            precisions = "; ".join(sorted({str(spec.precision) for _, spec in plan}))
-            stored = f" Stored as {precisions}." if plan.quantised else ""
-            card = CARD.format(ratio=plan.ratio, base=plan.provenance.get("model", "a model"), stored=stored)
-            (staging / "README.md").write_text(card, encoding="utf-8")
+            write_card(staging, plan)
             for path in (entry for entry in staging.iterdir() if entry.is_file()):
                 path.chmod(0o644)  # safetensors leaves its files readable by the owner alone
             write_checksums(staging)

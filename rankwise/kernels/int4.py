@@ -72,12 +72,12 @@ def quantize_int4(w: torch.Tensor, group: int = 128, symmetric: bool = True) -> 
         symmetric: codes about 8 instead of about a zero point.
 
     Raises:
-        RankwiseError: another group, or one that does not divide n.
+        RankwiseError: another group, one that does not divide n, or an empty w.
     """
     if group not in GROUPS:
         raise RankwiseError("group", group, ", ".join(map(str, GROUPS)))
-    if w.ndim != 2 or w.shape[1] % group:
-        raise RankwiseError("w", tuple(w.shape), f"a matrix whose number of columns {group} divides")
+    if w.ndim != 2 or not w.numel() or w.shape[1] % group:
+        raise RankwiseError("w", tuple(w.shape), f"a matrix, not empty, whose number of columns {group} divides")
     split = w.float().unflatten(1, (-1, group))
     zero = None
     if symmetric:

@@ -74,15 +74,15 @@ def quantize_nf4(w: torch.Tensor) -> NF4:
         w: `[m, n]`, floating point; 64 divides n.
 
     Raises:
-        RankwiseError: 64 does not divide n.
+        RankwiseError: 64 does not divide n, or w is empty.
     """
-    if w.ndim != 2 or w.shape[1] % BLOCK:
-        raise RankwiseError("w", tuple(w.shape), f"a matrix whose number of columns {BLOCK} divides")
+    if w.ndim != 2 or not w.numel() or w.shape[1] % BLOCK:
+        raise RankwiseError("w", tuple(w.shape), f"a matrix, not empty, whose number of columns {BLOCK} divides")
     blocks = w.float().unflatten(1, (-1, BLOCK))
     absmax = blocks.abs().amax(2)
     levels = torch.tensor(LEVELS, device=w.device)
     scaled = (blocks * (1 / absmax.clamp(min=1e-38))[..., None]).clamp(-1, 1)
-    codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    codes = torch.bucketize(scaled.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     return NF4(join_nibbles(codes.flatten(1), high_first=True), absmax)
 
 

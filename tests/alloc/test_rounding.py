@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rankwise.alloc import feedback, rounding
 from rankwise.alloc.factors import factorize, pivot_form
 from rankwise.alloc.feedback import DAMPING, round_both, round_columns, triangle
-from rankwise.alloc.rounding import Rounded, _feedback, _turned, round_dense, round_lowrank, round_pivot
+from rankwise.alloc.rounding import Rounded, _feedback, round_dense, round_lowrank, round_pivot, turned
 from rankwise.alloc.scales import Grid, Quantized, Scales, decoded, pack, search_scales
 from rankwise.errors import RankwiseError
 from rankwise.kernels.int4 import Int4, dequantize_int4, repack_int4
@@ -356,7 +356,7 @@ def test_turned_factors_have_the_same_product_and_even_columns() -> None:
     w = draw(90, 90) @ torch.logspace(0, -3, 90).double().diag() @ draw(90, 128)
     factors = factorize(w, moment(128), moment(90, 5))
     u, v = factors.u[:, :64].double(), factors.v[:64].double()
-    turned_u, turned_v = _turned(u, v)
+    turned_u, turned_v = turned(u, v)
     torch.testing.assert_close(turned_u @ turned_v, u @ v)
     spread = [float(t.norm(dim=0).max() / t.norm(dim=0).min()) for t in (u, turned_u)]
     assert spread[1] < 0.5 * spread[0]
@@ -367,7 +367,7 @@ def test_u_is_solved_again_for_the_v_that_is_there() -> None:
     w, c, f, grid = draw(90, 128), moment(128), moment(90, 5), Grid("int4", 64)
     factors = factorize(w, c, f)
     u, v = factors.u[:, :64].double(), factors.v[:64].double()
-    found, (turned_u, turned_v) = round_lowrank(w, u, v, grid, c, f), _turned(u, v)
+    found, (turned_u, turned_v) = round_lowrank(w, u, v, grid, c, f), turned(u, v)
     v_hat = decoded(found.tensors["v"])
     old = decoded(_feedback(turned_u, grid, v_hat @ c @ v_hat.T, f))
     assert found.loss < 0.8 * lost(w - old @ v_hat, c, f)

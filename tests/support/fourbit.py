@@ -15,12 +15,12 @@ PRECISIONS = [
 ]
 
 
-def wide_model(dtype: torch.dtype = torch.float32) -> Any:
-    """A random Llama whose inputs 128 divides."""
+def wide_model(dtype: torch.dtype = torch.float32, hidden: int = 256, intermediate: int = 384) -> Any:
+    """A random Llama; 128 divides its inputs."""
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=256,
-        intermediate_size=384,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -1,6 +1,7 @@
 """The protocol that every allocation method follows."""
 
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -40,6 +41,7 @@ class Method:
         tolerance: largest relative miss of `ratio`.
         sides: `one` (input metric), `two` (input and output-gradient metric) or `diagonal` (input magnitudes, ASVD);
             None is the method's own.
+        keep: patterns (`*.down_proj`, `model.layers.0.*`) of layers that stay as they are.
     """
 
     ratio: float = 0.8
@@ -47,11 +49,13 @@ class Method:
     rank_multiple: int = 8
     tolerance: float = 0.001
     sides: str | None = None
+    keep: tuple[str, ...] = ()
 
     name: ClassVar[str]
     default_sides: ClassVar[str]
     refits: ClassVar[bool] = False  # True if factors are refitted unless the user says no
     learns: ClassVar[bool] = False  # True if `allocate` needs a Calibration: the method runs the model
+    spends_bytes: ClassVar[bool] = False  # True if it can choose precisions too, under a budget of bytes
 
     def __post_init__(self) -> None:
         check_fraction("ratio", self.ratio)
@@ -77,10 +81,21 @@ class Method:
 
     def check_budget(self, shapes: dict[str, tuple[int, int]]) -> None:
         """Raise a RankwiseError if the budget is out of reach whatever the spectra, before they are measured."""
+        self.check_keep(shapes)
         choices = self._choices(shapes, {name: np.zeros(min(shape)) for name, shape in shapes.items()})
         total = sum(m * n for m, n in shapes.values())
         require_choices(choices, self.rank_multiple)
         require_reachable(choices, self.ratio * total, total)
+
+    def check_keep(self, shapes: dict[str, tuple[int, int]]) -> None:
+        """Raise a RankwiseError if a pattern of `keep` names no layer."""
+        for pattern in self.keep:
+            if not any(fnmatchcase(name, pattern) for name in shapes):
+                raise RankwiseError("keep", pattern, f"a pattern that layers match, e.g. *{next(iter(shapes))[-9:]}")
+
+    def pins(self, name: str) -> bool:
+        """Whether a layer stays as it is."""
+        return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
     def allocate(self, scores: Scores, weights: str = "bf16", calibration: Calibration | None = None) -> RankPlan:
         """Choose a kind and a rank for every layer under the budget.
@@ -172,9 +187,12 @@ class Method:
 
     def _choices(self, shapes: dict[str, tuple[int, int]], energies: dict[str, np.ndarray]) -> dict[str, Choices]:
         return {
-            name: layer_choices(m, n, self._worth(energies[name]), self.kinds, self.rank_multiple)
+            name: layer_choices(m, n, self._worth(energies[name]), self._kinds(name), self.rank_multiple)
             for name, (m, n) in shapes.items()
         }
+
+    def _kinds(self, name: str) -> tuple[str, ...]:
+        return ("dense",) if self.pins(name) else self.kinds
 
     def _worth(self, energy: np.ndarray) -> np.ndarray:
         """Make layers comparable: two-sided energies are; those of the inputs alone count as shares of their layer.

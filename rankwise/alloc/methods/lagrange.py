@@ -21,6 +21,7 @@ class Global(Method):
 
     name: ClassVar[str] = "global"
     default_sides: ClassVar[str] = "two"
+    spends_bytes: ClassVar[bool] = True
 
     def _pick(self, choices: dict[str, Choices], scores: Scores, target: float) -> dict[str, int]:
         low, high = -80.0, 80.0  # log λ: all that may be dense, all as small as may be

@@ -118,7 +118,7 @@ class Trained(Method):
         """Layer to the rank that it begins with; a dense layer begins where its share is 1."""
         if self.start != "global":
             return {name: curve.rank(self.ratio) for name, curve in curves.items()}
-        same = Global(self.ratio, self.kinds, self.rank_multiple, self.tolerance, self.sides)
+        same = Global(self.ratio, self.kinds, self.rank_multiple, self.tolerance, self.sides, self.keep)
         specs = same.allocate(scores).layers
         return {n: c.limit if specs[n].kind == "dense" else float(specs[n].rank) for n, c in curves.items()}
 

@@ -1,0 +1,206 @@
+"""Perplexity against bytes: 4 bits, ranks, and both chosen together, over a row of sizes, in one run.
+
+    python -m bench.tradeoff --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt --c4 c4.jsonl
+
+Every row is the model with its residual stream rotated (`bench.rotation`), so that no weight lies on a 4-bit grid from
+before; `--plain` measures the model as it comes, whose weights were rounded once. Curvature comes from the first
+windows of the train text. Sizes are shares of the linear layers' bytes in bf16. Rounded layers and rows that are there
+are not made again; rows go to bench/results/cpu/tradeoff.jsonl.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import CPU, kept_rows
+from bench.rotation import rotate
+from bench.texts import add_text_options, test_windows, train_windows
+from rankwise.alloc.curvature import Curvature, collect
+from rankwise.alloc.joint import joint_plan
+from rankwise.alloc.methods import Global
+from rankwise.alloc.precisions import RoundingTable, measure_rounding
+from rankwise.alloc.rounder import Rounder
+from rankwise.alloc.store import FactorStore, factorize_model
+from rankwise.anatomy import block_linears, weight_of
+from rankwise.budgets import make_budget
+from rankwise.evaluate import perplexity
+from rankwise.pipeline import compress
+from rankwise.plan import KINDS, RankPlan
+from rankwise.progress import on_terminal
+from rankwise.provenance import versions
+from rankwise.quantize import nearest
+from rankwise.storage import Precision
+from rankwise.weights import rounding_plan
+from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
+
+RESULTS = Path(__file__).parent / "results"
+SHARES = (0.5, 0.4, 0.3, 0.25, 0.22, 0.2)
+BF16 = 16  # bits
+UNIFORM = Precision("int4", 64)  # of ranks that were chosen without it
+
+
+@dataclass
+class Bench:
+    """What all rows share.
+
+    Args:
+        model: dense, bf16.
+        curvature: of it.
+        store: its factors.
+        table: what rounding adds, by kind, rank and precision.
+        rounded: folder of layers that were rounded before.
+    """
+
+    model: Any
+    curvature: Curvature
+    store: FactorStore
+    table: RoundingTable
+    rounded: Path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the linear layers, (out, in)."""
+        return self.store.shapes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the linear layers in bf16."""
+        return sum(2 * m * n for m, n in self.shapes.values())
+
+    def alone(self, precision: Precision) -> RankPlan:
+        """Every layer dense, in one precision."""
+        return rounding_plan(None, precision, self.shapes, "bf16")
+
+    def chosen(self, share: float, precisions: tuple[Precision, ...], kinds: tuple[str, ...] = KINDS) -> RankPlan:
+        """Kinds, ranks and precisions chosen together under a share of the dense bytes."""
+        budget = int(share * self.dense_bytes)
+        return joint_plan(Global(kinds=kinds), self.store, self.table, precisions, budget, "bf16")
+
+    def on_top(self, share: float, kinds: tuple[str, ...]) -> RankPlan | None:
+        """Ranks for bf16, all numbers rounded alike afterwards; None where that needs no ranks."""
+        ratio = share * BF16 / (8 * self.alone(UNIFORM).bytes / sum(m * n for m, n in self.shapes.values()))
+        if ratio >= 1:
+            return None
+        method = Global(ratio=ratio, kinds=kinds, rank_multiple=UNIFORM.block, tolerance=0.01)
+        return method.allocate(self.store, "bf16").stored_as(UNIFORM)
+
+    def measure(self, plan: RankPlan | None, rounding: str, tests: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Carry a plan out and test it."""
+        model, started = self.model, time.monotonic()
+        if plan is not None:
+            model = copy.deepcopy(self.model)
+            blocks = [list(block) for block in block_linears(model)]
+            by_curvature = Rounder(self.curvature, blocks, self.rounded, lambda n: weight_of(model.get_submodule(n)))
+            rule = by_curvature if rounding == "feedback" else nearest
+            compress(model, plan, self.store, rounding=rule, track=on_terminal)
+        facts = {"seconds": round(time.monotonic() - started, 1), "rounding": rounding}
+        if plan is not None:
+            facts |= {"bytes": plan.bytes, "share": plan.bytes / self.dense_bytes, "bits": plan.bits}
+            facts |= {"made_of": dict(Counter(f"{spec.kind}, {spec.precision}" for _, spec in plan).most_common())}
+            losses = [spec.loss for _, spec in plan]
+            facts |= {"predicted": sum(x for x in losses if x is not None) if None not in losses else None}
+        return facts | {
+            "perplexity": {name: perplexity(model, test, track=on_terminal) for name, test in tests.items()}
+        }
+
+
+Row = tuple[str, float | None, Callable[[Bench], RankPlan | None], str]  # name, share of the bytes, plan, rounding
+
+
+def rows() -> list[Row]:
+    """All of them; a row whose plan is None but for the dense model is not measured."""
+    budget = make_budget(None, 4.0, "auto", None, False)
+    assert budget is not None
+    every, bf16 = budget.for_model("bf16"), (Precision("bf16"),)
+    found: list[Row] = [("dense", None, lambda b: None, "")]
+    found += [("nf4, nearest", None, lambda b: b.alone(Precision("nf4")), "nearest")]
+    found += [("int4 by 64, nearest", None, lambda b: b.alone(Precision("int4", 64)), "nearest")]
+    for precision in (Precision("int4", 32), Precision("nf4"), Precision("int4", 64), Precision("int4", 128)):
+        found += [(str(precision), None, lambda b, p=precision: b.alone(p), "feedback")]
+    for share in SHARES:
+        found += [("chosen together", share, lambda b, s=share: b.chosen(s, every), "feedback")]
+        found += [("pivot and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16), "")]
+        found += [("lowrank and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16, ("dense", "lowrank")), "")]
+        found += [("ranks, then int4 by 64", share, lambda b, s=share: b.on_top(s, ("dense", "lowrank")), "feedback")]
+    return found
+
+
+def main() -> None:
+    """Measure every row that is missing."""
+    options = parse()
+    quiet_transformers()
+    model, tokenizer = load_model(options.model, "fp32" if not options.plain else "bf16")
+    if not options.plain:
+        rotate(model)
+        model = model.bfloat16()
+    facts = identity(options)
+    there = {(row["name"], row["asked"]) for row in kept_rows(options.out, facts) if row["plain"] == options.plain}
+    bench = prepare(model, tokenizer, options)
+    tests = {domain: test_windows(domain, options, tokenizer) for domain in ("wikitext2", "c4")}
+    for name, share, make, rounding in rows():
+        if (name, share) in there or not wanted(name, share, options):
+            continue
+        plan = make(bench)
+        if plan is None and name != "dense":
+            continue
+        row = facts | {"name": name, "asked": share, "plain": options.plain} | bench.measure(plan, rounding, tests)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
+        print(f"{name:28} {row.get('share', 1):.4f}  {figures}  {row['seconds']:.0f} s", flush=True)  # noqa: T201
+
+
+def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
+    """Curvature, factors and the table of rounding losses, made or found."""
+    train = train_windows("wikitext2", options, tokenizer)
+    inputs, gradients = train[: options.samples], train[options.samples :][: options.gradient_samples]
+    work = options.work / ("plain" if options.plain else "rotated")
+    curvature = collect(model, inputs, gradients, work / "curvature", device=CPU, track=on_terminal)
+    store = factorize_model(model, curvature, work / "factors", sides="two", device=CPU, track=on_terminal)
+    budget = make_budget(None, 4.0, "auto", None, False)
+    assert budget is not None
+    precisions, place = budget.for_model(model_dtype(model)), work / "rounding"
+    table = measure_rounding(model, curvature, store, precisions, KINDS, place, device=CPU, track=on_terminal)
+    return Bench(model, curvature, store, table, work / "rounded")
+
+
+def wanted(name: str, share: float | None, options: argparse.Namespace) -> bool:
+    """Whether this command measures a row."""
+    named = not options.only or any(part in name for part in options.only)
+    return named and (share is None or not options.at or share in options.at)
+
+
+def identity(options: argparse.Namespace) -> dict[str, Any]:
+    """What every row of a run carries."""
+    keys = ("model", "samples", "gradient_samples", "seq_len", "windows")
+    texts = {key: Path(getattr(options, key)).name for key in ("train", "test", "c4")}
+    return {"bench": "tradeoff", "device": "cpu", "versions": versions(), **texts} | {
+        key: getattr(options, key) for key in keys
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_options(parser)
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--plain", action="store_true", help="the model as it comes, not rotated")
+    parser.add_argument("--only", action="append", help="the rows whose name contains this; repeatable")
+    parser.add_argument("--at", action="append", type=float, help="the rows of this size; repeatable")
+    parser.add_argument("--samples", type=int, default=64, help="windows for the input moments")
+    parser.add_argument("--gradient-samples", type=int, default=24, help="windows for the output gradients")
+    parser.add_argument("--work", type=Path, default=Path("build/tradeoff"), help="curvature, factors, rounded layers")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "tradeoff.jsonl")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

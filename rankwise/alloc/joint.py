@@ -1,0 +1,168 @@
+"""Kind, rank and precision of every layer under one budget of bytes.
+
+Every layer may become any kind, at any rank, in any of some precisions. The cost of a choice is its bytes, scales,
+zero points and indices included; its loss is what the rank drops, by the spectrum, plus what rounding adds
+(`precisions.py`), each times how far such predictions fell short of measured loss. One Lagrange multiplier over all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from rankwise.alloc.budget import Choices, cost_of, tighten
+from rankwise.alloc.methods.base import Method, Scores
+from rankwise.alloc.methods.lagrange import Global
+from rankwise.alloc.precisions import RoundingTable
+from rankwise.errors import RankwiseError
+from rankwise.plan import LayerSpec, RankPlan
+from rankwise.storage import Precision
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Measured loss over predicted loss, for each of its parts.
+
+    Spectra are those of the calibration text: what they say a dropped component is worth is less than it is worth on
+    other text. Rounding errors are not fitted to a text, and their estimate is nearer to the truth.
+
+    Args:
+        rank: factor on what dropped components are worth.
+        rounding: factor on what rounding is expected to add.
+    """
+
+    rank: float = 2.0
+    rounding: float = 1.25
+
+
+@dataclass(frozen=True)
+class StoredChoices(Choices):
+    """Choices whose cost is bytes.
+
+    Args:
+        precision: of each choice.
+    """
+
+    precision: tuple[Precision, ...] = ()
+
+
+def joint_plan(
+    method: Method,
+    scores: Scores,
+    table: RoundingTable,
+    precisions: Sequence[Precision],
+    budget: int,
+    dtype: str,
+    trust: Trust | None = None,
+) -> RankPlan:
+    """The plan of least predicted loss whose layers take at most `budget` bytes.
+
+    Args:
+        method: for its kinds, rank multiple, tolerance and pinned layers; its ratio is not looked at.
+        scores: shapes and two-sided spectra, in model order.
+        table: what rounding adds.
+        precisions: to choose from.
+        budget: bytes of all linear layers.
+        dtype: the model's own, in which pinned layers stay.
+        trust: see there.
+
+    Returns:
+        A plan that is never above the budget, and below it by at most `method.tolerance`, relative, unless the best
+        plan of all takes less.
+
+    Raises:
+        RankwiseError: the budget is below the smallest plan (the message says how large that is), or one-sided spectra.
+    """
+    if not method.two_sided:
+        raise RankwiseError("sides", method.sides, "allowed with a budget of bytes: two (losses in nats are needed)")
+    require_bytes(method, scores.shapes, precisions, budget, dtype)
+    trust = trust or Trust()
+    choices = {
+        name: stored_choices(method, name, scores, table, _allowed(method, name, precisions, dtype), trust)
+        for name in scores.shapes
+    }
+    highest = sum(int(entry.cost[-1]) for entry in choices.values())
+    if budget >= highest:
+        picked = {name: len(entry.kind) - 1 for name, entry in choices.items()}
+    else:
+        picked = Global()._pick(dict(choices), scores, budget)
+        picked = tighten(dict(choices), picked, budget, method.tolerance)
+    assert cost_of(dict(choices), picked) <= budget
+    return RankPlan({name: _spec(method, name, choices[name], at, scores) for name, at in picked.items()})
+
+
+def require_bytes(
+    method: Method, shapes: dict[str, tuple[int, int]], precisions: Sequence[Precision], budget: int, dtype: str
+) -> None:
+    """Raise a RankwiseError if no plan is as small as `budget` bytes; arguments are those of `joint_plan`."""
+    lowest = 0
+    for name, (m, n) in shapes.items():
+        allowed = _allowed(method, name, precisions, dtype)
+        costs = [cost for kind, precision in allowed for cost in _costs(m, n, kind, precision, method.rank_multiple)[1]]
+        if not costs:
+            raise RankwiseError(
+                "weights", f"nothing that {name} can be", "more precisions, or the kind dense, are needed"
+            )
+        lowest += int(min(costs))
+    if budget < lowest:
+        total = sum(m * n for m, n in shapes.values())
+        found = f"{budget} bytes for the linear layers, {8 * budget / total:.3g} bits for each of their numbers"
+        raise RankwiseError("budget", found, f"the smallest possible: {lowest} bytes, {8 * lowest / total:.3g} bits")
+
+
+def stored_choices(
+    method: Method,
+    name: str,
+    scores: Scores,
+    table: RoundingTable,
+    allowed: Sequence[tuple[str, Precision]],
+    trust: Trust,
+) -> StoredChoices:
+    """What a layer may become, by rising bytes; a choice that another beats in bytes and loss is left out.
+
+    Args:
+        allowed: kinds and precisions.
+    """
+    m, n = scores.shapes[name]
+    tail = np.concatenate([np.cumsum(method._worth(scores.energies[name])[::-1])[::-1], [0.0]]) / 2
+    rows: list[tuple[int, float, str, int, Precision]] = []
+    for kind, precision in allowed:
+        ranks, costs = _costs(m, n, kind, precision, method.rank_multiple)
+        if len(ranks):
+            lost = 0.0 if kind == "dense" else trust.rank * tail[ranks]
+            losses = lost + trust.rounding * table.loss(name, kind, ranks, precision)
+            rows += [(int(c), float(x), kind, int(k), precision) for c, x, k in zip(costs, losses, ranks, strict=True)]
+    best: list[tuple[int, float, str, int, Precision]] = []
+    for row in sorted(rows, key=lambda row: row[:2]):
+        if not best or row[1] < best[-1][1]:
+            best.append(row)
+    cost, loss, kinds, ranks_, stored = zip(*best, strict=True)
+    return StoredChoices(tuple(kinds), np.array(ranks_), np.array(cost), np.array(loss), m * n, tuple(stored))
+
+
+def _allowed(method: Method, name: str, precisions: Sequence[Precision], dtype: str) -> list[tuple[str, Precision]]:
+    """Kinds and precisions that a layer may have."""
+    if method.pins(name):
+        return [("dense", Precision(dtype))]
+    return [(kind, precision) for kind in method.kinds for precision in precisions]
+
+
+@lru_cache(maxsize=1024)
+def _costs(m: int, n: int, kind: str, precision: Precision, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks that a kind may have in a precision, and the bytes of each; nothing that needs more than dense."""
+    full = min(m, n)
+    step = int(np.lcm(multiple, precision.block))
+    found = []
+    if n % precision.block == 0:
+        for rank in [full] if kind == "dense" else range(step, full, step):
+            try:
+                found.append((rank, LayerSpec(kind, m, n, rank).stored_as(precision).bytes))
+            except RankwiseError:  # more parameters than dense
+                break
+    return np.array([rank for rank, _ in found], dtype=np.int64), np.array([cost for _, cost in found], dtype=np.int64)
+
+
+def _spec(method: Method, name: str, entry: StoredChoices, at: int, scores: Scores) -> LayerSpec:
+    spec = method.spec(name, entry.kind[at], int(entry.rank[at]), scores, "bf16")
+    return replace(spec.stored_as(entry.precision[at]), loss=float(entry.loss[at]))

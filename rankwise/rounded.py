@@ -1,0 +1,119 @@
+"""The stages of a job that concern bytes: planning under a byte budget, and rounding by what the curvature says."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.alloc.curvature import Curvature
+from rankwise.alloc.joint import joint_plan, require_bytes
+from rankwise.alloc.precisions import measure_rounding
+from rankwise.alloc.rounder import Rounder
+from rankwise.alloc.store import FactorStore
+from rankwise.anatomy import block_linears, features, weight_of
+from rankwise.budgets import ByteBudget, checkpoint_bytes
+from rankwise.config import CompressConfig
+from rankwise.errors import RankwiseError
+from rankwise.plan import LayerSpec, RankPlan
+from rankwise.progress import Track
+from rankwise.zoo import model_dtype, resolve_device
+
+TRIES = 6  # plans until a checkpoint's size meets the budget: what is beside the layers depends on them a little
+
+
+def plan_bytes(
+    config: CompressConfig, model: Any, store: FactorStore, curvature: Curvature, folder: Path, track: Track
+) -> RankPlan:
+    """Kind, rank and precision of every layer under the job's byte budget.
+
+    Args:
+        config: with a `budget`.
+        model: dense.
+        store: its factors.
+        curvature: of the model.
+        folder: for the table of what rounding costs.
+        track: progress.
+
+    Raises:
+        RankwiseError: the budget is below the smallest plan.
+    """
+    budget, method, dtype = _budget(config), config.method, model_dtype(model)
+    precisions = budget.for_model(dtype)
+    kinds, device = method.kinds, resolve_device(config.device)
+    table = measure_rounding(model, curvature, store, precisions, kinds, folder, device=device, track=track)
+    others, target = others_of(model), linear_target(config, model)
+    itemsize = next(iter(others.values())).element_size() if others else 2
+    best: RankPlan | None = None
+    for _ in range(TRIES):
+        plan = joint_plan(method, store, table, precisions, target, dtype)
+        if budget.size is None:
+            return plan
+        left = budget.size - checkpoint_bytes(plan, others, itemsize)
+        if left >= 0 and (best is None or plan.bytes > best.bytes):
+            best = plan
+        if 0 <= left <= method.tolerance * budget.size / 2:
+            break
+        target += left
+    if best is None:
+        raise RankwiseError("size", budget.size, "a few bytes more are needed")
+    return best
+
+
+def require_budget(config: CompressConfig, model: Any) -> None:
+    """Raise a RankwiseError if the byte budget is below the smallest plan: known before work begins."""
+    shapes = {name: features(linear) for block in block_linears(model) for name, linear in block.items()}
+    budget, dtype, target = _budget(config), model_dtype(model), linear_target(config, model)
+    config.method.check_keep(shapes)
+    try:
+        require_bytes(config.method, shapes, budget.for_model(dtype), target, dtype)
+    except RankwiseError as error:
+        if error.field != "budget":
+            raise
+        if budget.size is None:
+            raise RankwiseError("bits_per_weight", error.value, error.allowed) from None
+        rest = f"{budget.size - target} bytes are embeddings, norms and the like"
+        raise RankwiseError("size", f"{budget.size} bytes leave {error.value}; {rest}", error.allowed) from None
+
+
+def linear_target(config: CompressConfig, model: Any) -> int:
+    """Bytes that are left for the linear layers, if all of them stay dense in the model's dtype."""
+    budget, linears = _budget(config), _linears(model)
+    total = sum(weight.numel() for weight in linears.values())
+    if budget.bits is not None:
+        return int(budget.bits * total / 8)
+    assert budget.size is not None
+    others = others_of(model)
+    dtype, itemsize = model_dtype(model), next(iter(linears.values())).element_size()
+    shapes = {name: (len(w), w.shape[1]) for name, w in linears.items()}
+    plain = RankPlan({name: LayerSpec("dense", m, n, min(m, n), dtype) for name, (m, n) in shapes.items()})
+    return max(0, budget.size - (checkpoint_bytes(plain, others, itemsize) - plain.bytes))
+
+
+def others_of(model: Any) -> dict[str, torch.Tensor]:
+    """Everything that is saved of a model but the weights of its linear layers."""
+    known = {f"{name}.weight" for block in block_linears(model) for name in block}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in known}
+
+
+def make_rounding(config: CompressConfig, model: Any, curvature: Curvature, folder: Path, *, fitted: bool) -> Rounder:
+    """The rounding of a job.
+
+    Args:
+        config: its device.
+        model: dense, or with layers whose factors are to be rounded.
+        curvature: of the dense model.
+        folder: of finished layers.
+        fitted: factors were refitted or healed: they are to be repeated, not the dense weight.
+    """
+    blocks = [list(block) for block in block_linears(model)]
+    dense = None if fitted else lambda name: weight_of(model.get_submodule(name))
+    return Rounder(curvature, blocks, folder, dense, resolve_device(config.device))
+
+
+def _budget(config: CompressConfig) -> ByteBudget:
+    assert config.budget is not None
+    return config.budget
+
+
+def _linears(model: Any) -> dict[str, torch.Tensor]:
+    return {name: weight_of(linear) for block in block_linears(model) for name, linear in block.items()}

@@ -1,0 +1,203 @@
+"""Budgets of bytes: what users write, what a checkpoint takes, and whole jobs that must fit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fourbit import wide_model
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import rankwise
+from rankwise.budgets import ByteBudget, make_budget, parse_size
+from rankwise.cli import main
+from rankwise.compression import compress_to_folder
+from rankwise.config import CompressConfig, TextConfig
+from rankwise.engine.checkpoint import open_checkpoint, verify
+from rankwise.errors import RankwiseError
+from rankwise.storage import Precision
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    wide_model(hidden=128, intermediate=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(wide: Path, text_file: Path, tmp_path: Path) -> Callable[..., CompressConfig]:
+    def make(out: str, budget: ByteBudget | None, method: Any = None, **options: Any) -> CompressConfig:
+        text = TextConfig(str(text_file), 4, 2, 32, 0)
+        options = {"curvature": tmp_path / "curvature"} | options
+        return CompressConfig(str(wide), tmp_path / out, method or rankwise.Global(), text, budget=budget, **options)
+
+    return make
+
+
+def few(size: str | None, bits: float | None) -> ByteBudget | None:
+    """A budget with two precisions to choose from."""
+    return make_budget(size, bits, "fp32,int4", 32, False)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("4.5GiB", 4.5 * 2**30),
+        ("300mb", 3 * 10**8),
+        ("1e9", 10**9),
+        (" 7 k ", 7000),
+        ("123456", 123456),
+        ("2TiB", 2**41),
+    ],
+)
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "five", "5 GBs", "-5GB", "5PB", "1.2.3MB", "nan", "5GB 3"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(RankwiseError, match=r"^size: .*e\.g\. 5GB"):
+        parse_size(text)
+
+
+@given(st.integers(1, 10**15))
+def test_a_plain_number_is_itself(number: int) -> None:
+    assert parse_size(str(number)) == number
+
+
+def test_options_make_a_budget() -> None:
+    assert make_budget(None, None, "auto", None, False) is None
+    every = make_budget("5GB", None, "auto", None, False)
+    assert every is not None
+    int4 = tuple(Precision("int4", group) for group in (32, 64, 128))
+    assert every.for_model("fp16") == (Precision("fp16"), Precision("nf4"), *int4)
+    some = make_budget(None, 3.2, "bf16,int4", 64, True)
+    assert some is not None
+    assert some.for_model("bf16") == (Precision("bf16"), Precision("int4", 64, True))
+    only = make_budget(None, 3.2, "nf4", None, False)
+    assert only is not None
+    assert only.for_model("bf16") == (Precision("nf4"),)
+    with pytest.raises(RankwiseError, match=r"^weights: bf16; the model is loaded in fp32"):
+        some.for_model("fp32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("5GB", 3.0, "auto", None, False), "^size: 5000000000, with bits_per_weight 3.0"),
+        (("0", None, "auto", None, False), "^size: 0; allowed"),
+        ((None, 0.0, "auto", None, False), "^bits_per_weight: 0.0; allowed: above 0 and at most 32"),
+        ((None, float("nan"), "auto", None, False), "^bits_per_weight: nan"),
+        ((None, 3.0, "bf16,int5", None, False), "^weights: int5; allowed: bf16, fp16, fp32, nf4, int4"),
+        ((None, 3.0, "auto", 48, False), "^group: 48; allowed for int4: 32, 64, 128"),
+        ((None, 3.0, "nf4", 64, False), "^group: 64; allowed: where int4"),
+        ((None, 3.0, "nf4", None, True), "^asymmetric: True; allowed: where int4"),
+    ],
+)
+def test_bad_budgets(arguments: Any, error: str) -> None:
+    with pytest.raises(RankwiseError, match=error):
+        make_budget(*arguments)
+
+
+@pytest.mark.parametrize("bits", [3.0, 9.0])
+def test_bits_are_met_and_never_exceeded(bits: float, config: Callable[..., CompressConfig]) -> None:
+    plan = compress_to_folder(config("a", few(None, bits), rankwise.Global(rank_multiple=1, tolerance=0.005)))
+    assert bits * 0.985 < plan.bits <= bits
+    assert plan.provenance["budget"]["bits"] == bits
+    assert plan.provenance["rounding"] == "feedback"
+    assert "int4" in {spec.weights for _, spec in plan}
+
+
+@pytest.mark.parametrize("size", [450_000, 700_000, 1_200_000])
+def test_a_size_is_that_of_the_weight_files(size: int, config: Callable[..., CompressConfig], tmp_path: Path) -> None:
+    plan = compress_to_folder(config("a", few(str(size), None), rankwise.Global(rank_multiple=1)))
+    assert 0.985 * size < weight_bytes(tmp_path / "a") <= size
+    assert verify(tmp_path / "a") >= 6
+    assert open_checkpoint(tmp_path / "a")[0] == plan
+
+
+def test_more_than_dense_is_the_dense_model(config: Callable[..., CompressConfig], tmp_path: Path, wide: Path) -> None:
+    plan = compress_to_folder(config("a", few("1GB", None)))
+    assert not plan.compressed
+    before, after = load_file(wide / "model.safetensors"), load_file(tmp_path / "a" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_what_is_kept_stays(config: Callable[..., CompressConfig]) -> None:
+    method = rankwise.Global(keep=("*.down_proj", "model.layers.0.self_attn.?_proj"), rank_multiple=1, tolerance=0.02)
+    plan = compress_to_folder(config("a", few(None, 14.0), method))
+    for name, spec in plan:
+        if name.endswith("down_proj") or ".0.self_attn" in name:
+            assert (spec.kind, spec.weights) == ("dense", "fp32")
+    assert plan.quantised
+    method = rankwise.Global(0.7, keep=("*.down_proj",), rank_multiple=32, tolerance=0.1)
+    plan = compress_to_folder(config("b", None, method, precision=Precision("int4", 32)))
+    assert {spec.weights for name, spec in plan if name.endswith("down_proj")} == {"fp32"}
+    assert {spec.weights for name, spec in plan if not name.endswith("down_proj")} == {"int4"}
+    with pytest.raises(RankwiseError, match=r"^keep: \*.wi; a pattern that layers match"):
+        compress_to_folder(config("c", few(None, 9.0), rankwise.Global(keep=("*.wi",))))
+
+
+def test_a_refit_and_healing_come_before_rounding(config: Callable[..., CompressConfig], tmp_path: Path) -> None:
+    refitted = compress_to_folder(config("a", few(None, 3.4), rankwise.Rankwise(rank_multiple=1), heal=2))
+    assert refitted.provenance["refit"]["layers"] >= 0
+    assert refitted.provenance["heal"]["steps"] == 2
+    assert refitted.bits <= 3.4
+    assert verify(tmp_path / "a") >= 6
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"budget": make_budget(None, 0.001, "auto", None, False)}, "^bits_per_weight: .*the smallest possible: "),
+        ({"budget": make_budget("280kB", None, "auto", None, False)}, "^size: .*embeddings.*the smallest possible: "),
+        ({"budget": make_budget("1kB", None, "auto", None, False)}, "^size: .*the smallest possible: "),
+        ({"budget": make_budget(None, 9.0, "bf16", None, False)}, "^weights: bf16; the model is loaded in fp32"),
+    ],
+)
+def test_out_of_reach(options: dict[str, Any], error: str, config: Callable[..., CompressConfig]) -> None:
+    with pytest.raises(RankwiseError, match=error):
+        compress_to_folder(config("a", **options))
+
+
+def test_options_that_do_not_go_together(config: Callable[..., CompressConfig], tmp_path: Path) -> None:
+    asked = make_budget(None, 4.0, "auto", None, False)
+    with pytest.raises(RankwiseError, match=r"^method: ara; allowed: rankwise or global with bits_per_weight"):
+        config("a", asked, rankwise.Ara())
+    with pytest.raises(RankwiseError, match=r"^bits_per_weight: with scores; allowed: one of"):
+        config("a", asked, scores=tmp_path)
+    with pytest.raises(RankwiseError, match=r"^bits_per_weight: with precision"):
+        config("a", asked, precision=Precision("nf4"))
+    with pytest.raises(RankwiseError, match=r"^rounding: feedback with scores"):
+        config("a", None, scores=tmp_path, rounding="feedback")
+    with pytest.raises(RankwiseError, match=r"^rounding: up; allowed: feedback, nearest"):
+        config("a", None, rounding="up")
+    with pytest.raises(RankwiseError, match=r"^sides: one; allowed with a budget of bytes: two"):
+        compress_to_folder(config("b", asked, rankwise.Global(sides="one")))
+
+
+def test_the_command(wide: Path, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["compress", str(wide), "--out", str(tmp_path / "out"), "--size", "1.2MB", "--method", "global"]
+    command += ["--calibration", str(text_file), "--measure", "1", "--seq-len", "32", "--samples", "4"]
+    command += ["--gradient-samples", "2", "--keep", "*.layers.1.*_proj", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    told = capfd.readouterr()
+    assert ended.value.code == 0
+    facts = json.loads(told.out.splitlines()[-1])
+    assert 1_180_000 < weight_bytes(tmp_path / "out") <= 1_200_000
+    assert facts["bits"] < 32
+    with pytest.raises(SystemExit):
+        main([*command, "--ratio", "0.5"])
+    assert "ratio: 0.5; allowed: left out with --size" in capfd.readouterr().err
