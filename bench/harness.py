@@ -216,8 +216,8 @@ def kept_rows(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def parse(bench: str, description: str) -> argparse.Namespace:
-    """Options of the command line."""
+def parse(bench: str, description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line, or of these arguments."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_options(parser)
     parser.add_argument("--model", default=EMBEDDED)
@@ -231,4 +231,4 @@ def parse(bench: str, description: str) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="curvature, factors, training states")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / f"{bench}.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from rankwise.alloc.scales import Grid, Scales, reciprocal
 from rankwise.errors import RankwiseError
 
 DAMPING = 1e-2  # share of the mean of the diagonal that is added to it, as GPTQ does
-TILE = 128  # rows and columns that are rounded between two matrix products
+TILE = 64  # rows and columns that are rounded between two matrix products
 
 
 class Triangle(NamedTuple):
@@ -79,56 +79,71 @@ def round_columns(w: torch.Tensor, inputs: Triangle, scales: Scales, grid: Grid)
 def round_both(w: torch.Tensor, inputs: Triangle, outputs: Triangle, scales: Scales, grid: Grid) -> torch.Tensor:
     """Levels `[m, n]`, rounded so that rows make up for one another too.
 
-    Arguments are those of `round_columns`; outputs is of a moment `[m, m]`.
+    Arguments are those of `round_columns`; outputs is of a moment `[m, m]`. Tiles of one antidiagonal do not depend on
+    one another either, and are rounded side by side.
     """
     n, m = outputs.unit, inputs.unit
-    w, scale, zero = (t[outputs.order][:, inputs.order] for t in (w, *_spread(scales, grid)))
-    levels, error = torch.zeros_like(w), torch.zeros_like(w)
-    for top in range(0, len(w), TILE):
-        r = slice(top, min(top + TILE, len(w)))
-        above = n[r, :top] @ error[:top]
-        mixed = torch.zeros_like(above)  # N Δ, of these rows
-        for left in range(0, w.shape[1], TILE):
-            c = slice(left, min(left + TILE, w.shape[1]))
-            before = mixed[:, :left] @ m[c, :left].T
-            said = scale[r, c], zero[r, c]
-            levels[r, c], mixed[:, c] = _tile(w[r, c], above[:, c], before, n[r, r], m[c, c], *said, grid)
-            error[r, c] = w[r, c] - levels[r, c] * scale[r, c]
-    back = torch.empty_like(levels)
-    back[outputs.order[:, None], inputs.order] = levels
+    rows, columns = (-(-size // TILE) for size in w.shape)
+    w, scale, zero = (_padded(t[outputs.order][:, inputs.order], rows, columns) for t in (w, *_spread(scales, grid)))
+    n, m = _padded(n, rows, rows, unit=True), _padded(m, columns, columns, unit=True)
+    levels, error, mixed = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)  # mixed: N Δ
+    for wave in range(rows + columns - 1):
+        places = [
+            (slice(i * TILE, (i + 1) * TILE), slice((wave - i) * TILE, (wave - i + 1) * TILE))
+            for i in range(max(0, wave - columns + 1), min(rows, wave + 1))
+        ]
+        above = torch.stack([n[r, : r.start] @ error[: r.start, c] for r, c in places])
+        before = torch.stack([mixed[r, : c.start] @ m[c, : c.start].T for r, c in places])
+        own = (torch.stack([t[r, c] for r, c in places]) for t in (w, scale, zero))
+        down, across = torch.stack([n[r, r] for r, _ in places]), torch.stack([m[c, c] for _, c in places])
+        for (r, c), level, mix in zip(places, *_tiles(*own, above, before, down, across, grid), strict=True):
+            levels[r, c], mixed[r, c] = level, mix
+            error[r, c] = w[r, c] - level * scale[r, c]
+    back = torch.empty(len(outputs.order), len(inputs.order)).to(levels)
+    back[outputs.order[:, None], inputs.order] = levels[: len(back), : back.shape[1]]
     return back
 
 
-def _tile(
+def _tiles(
     w: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
     above: torch.Tensor,
     before: torch.Tensor,
     n: torch.Tensor,
     m: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
     grid: Grid,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels and `N Δ` of one tile `[p, q]`, whose feedback from the rows above and the columns before is known.
+    """Levels and `N Δ` of tiles `[b, p, p]`, whose feedback from the rows above and the columns before is known.
 
-    Columns lie here from last to first, so that an antidiagonal of the tile is a diagonal, and the rows of either
+    Columns lie here from last to first, so that an antidiagonal of a tile is a diagonal, and the rows of either
     factor that it needs are a slice.
     """
-    (p, q), m = w.shape, m.T.flip(0, 1).contiguous()
-    w, scale, zero, across = (t.flip(1).contiguous() for t in (w, scale, zero, before))
-    inverse, down, n = reciprocal(scale), above.T.flip(0).contiguous(), n.T.contiguous()
+    p, m = w.shape[1], m.transpose(1, 2).flip(1, 2).contiguous()
+    w, scale, zero, across = (t.flip(2).contiguous() for t in (w, scale, zero, before))
+    inverse, down, n = reciprocal(scale), above.transpose(1, 2).flip(1).contiguous(), n.transpose(1, 2).contiguous()
     levels, mixed = torch.zeros_like(w), torch.zeros_like(w)
-    for d in range(q - 1, -p, -1):
-        i = slice(max(0, -d), min(p, q - d))
+    for d in range(p - 1, -p, -1):
+        i = slice(max(0, -d), min(p, p - d))
         j = slice(i.start + d, i.stop + d)
-        wanted = w.diagonal(d) + down.diagonal(-d)
-        level = grid.levels((wanted + across.diagonal(d)) * inverse.diagonal(d), zero.diagonal(d))
-        number = level * scale.diagonal(d)
-        levels.diagonal(d).copy_(level)
-        mixed.diagonal(d).copy_(wanted - number)
-        across[i].addcmul_((wanted - number)[:, None], m[j])
-        down[j].addcmul_((w.diagonal(d) - number)[:, None], n[i])
-    return levels.flip(1), mixed.flip(1)
+        own = w.diagonal(d, 1, 2)
+        wanted = own + down.diagonal(-d, 1, 2)
+        level = grid.levels((wanted + across.diagonal(d, 1, 2)) * inverse.diagonal(d, 1, 2), zero.diagonal(d, 1, 2))
+        number = level * scale.diagonal(d, 1, 2)
+        levels.diagonal(d, 1, 2).copy_(level)
+        mixed.diagonal(d, 1, 2).copy_(wanted - number)
+        across[:, i].addcmul_((wanted - number)[:, :, None], m[:, j])
+        down[:, j].addcmul_((own - number)[:, :, None], n[:, i])
+    return levels.flip(2), mixed.flip(2)
+
+
+def _padded(matrix: torch.Tensor, rows: int, columns: int, *, unit: bool = False) -> torch.Tensor:
+    """A matrix filled up to whole tiles: with zeros, which round to zero, or to a longer unit triangle."""
+    full = matrix.new_zeros(rows * TILE, columns * TILE)
+    full[: len(matrix), : matrix.shape[1]] = matrix
+    if unit:
+        full.diagonal()[len(matrix) :] = 1
+    return full
 
 
 def _spread(scales: Scales, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:

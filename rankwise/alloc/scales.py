@@ -84,12 +84,12 @@ def search_scales(w: torch.Tensor, weights: torch.Tensor, grid: Grid) -> Scales:
     """The scale (and zero) of each group for which `Σ_j weights_j (w_j - ŵ_j)²` is least among those tried.
 
     Args:
-        w: `[m, n]` fp64; `grid.group` divides n.
+        w: `[m, n]` fp64; `grid.group` divides n. The search is in fp32.
         weights: `[n]`, not negative.
         grid: the format.
     """
-    groups = w.unflatten(1, (-1, grid.group))
-    cost = weights.unflatten(0, (-1, grid.group))
+    groups = w.float().unflatten(1, (-1, grid.group))
+    cost = (weights / weights.max().clamp_min(1e-300)).float().unflatten(0, (-1, grid.group))
     best = error = None
     for scale, zero in _candidates(groups, grid):
         off = groups - grid.levels(groups * reciprocal(scale), zero) * scale
@@ -101,7 +101,7 @@ def search_scales(w: torch.Tensor, weights: torch.Tensor, grid: Grid) -> Scales:
         error = torch.where(better, found, error)
         best = Scales(torch.where(better, scale, best.scale), torch.where(better, zero, best.zero))
     assert best is not None
-    return Scales(best.scale[..., 0], best.zero[..., 0])
+    return Scales(best.scale[..., 0].to(w.dtype), best.zero[..., 0].to(w.dtype))
 
 
 def _candidates(groups: torch.Tensor, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
