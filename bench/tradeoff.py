@@ -123,7 +123,7 @@ def rows() -> list[Row]:
     found: list[Row] = [("dense", None, lambda b: None, "")]
     found += [("nf4, nearest", None, lambda b: b.alone(Precision("nf4")), "nearest")]
     found += [("int4 by 64, nearest", None, lambda b: b.alone(Precision("int4", 64)), "nearest")]
-    for precision in (Precision("int4", 32), Precision("nf4"), Precision("int4", 64), Precision("int4", 128)):
+    for precision in (Precision("int4", 32), Precision("nf4"), Precision("int4", 64)):
         found += [(str(precision), None, lambda b, p=precision: b.alone(p), "feedback")]
     for share in SHARES:
         found += [("chosen together", share, lambda b, s=share: b.chosen(s, every), "feedback")]

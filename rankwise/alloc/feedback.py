@@ -94,9 +94,9 @@ def round_both(w: torch.Tensor, inputs: Triangle, outputs: Triangle, scales: Sca
         ]
         above = torch.stack([n[r, : r.start] @ error[: r.start, c] for r, c in places])
         before = torch.stack([mixed[r, : c.start] @ m[c, : c.start].T for r, c in places])
-        own = (torch.stack([t[r, c] for r, c in places]) for t in (w, scale, zero))
+        own, by, off = (torch.stack([t[r, c] for r, c in places]) for t in (w, scale, zero))
         down, across = torch.stack([n[r, r] for r, _ in places]), torch.stack([m[c, c] for _, c in places])
-        for (r, c), level, mix in zip(places, *_tiles(*own, above, before, down, across, grid), strict=True):
+        for (r, c), level, mix in zip(places, *_tiles(own, by, off, above, before, down, across, grid), strict=True):
             levels[r, c], mixed[r, c] = level, mix
             error[r, c] = w[r, c] - level * scale[r, c]
     back = torch.empty(len(outputs.order), len(inputs.order)).to(levels)
