@@ -14,6 +14,7 @@ import torch
 from rankwise.engine.runtime.decoder import Decoder, Rotary
 from rankwise.engine.runtime.loader import layer_kv_bytes, layer_windows
 from rankwise.kernels import Packed
+from rankwise.kernels.native_linear import HostGroup
 
 PROBE = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes; larger than caches
 REPEATS = 3
@@ -60,7 +61,7 @@ def of_decoder(decoder: Decoder) -> tuple[int, int]:
     """The same of the runtime's decoder, as its weights lie in memory."""
     step = tensor_bytes(tensors_in((decoder.blocks, decoder.norm, decoder.head)))
     head, embed = decoder.head, decoder.embed
-    tied = not head.is_mkldnn and head.data_ptr() == embed.data_ptr()
+    tied = isinstance(head, torch.Tensor) and not head.is_mkldnn and head.data_ptr() == embed.data_ptr()
     return step if tied else step + embed.nbytes, step
 
 
@@ -70,6 +71,9 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield value
     elif isinstance(value, Packed):  # `second` and `seconds` are the same
         yield from tensors_in((value.first, value.seconds, value.bias))
+    elif isinstance(value, HostGroup):
+        for part in (*value.firsts, *value.seconds):
+            yield from tensors_in((part.panels.weights, part.panels.scales, part.bias))
     elif isinstance(value, tuple | list):
         for part in value:
             yield from tensors_in(part)

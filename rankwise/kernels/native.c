@@ -1,32 +1,11 @@
-/* What decoding does between its products, on a CPU: attention over pages, rotary embedding, RMSNorm, SwiGLU.
+/* What decoding does between its products, on a CPU: attention over pages, rotary embedding, RMSNorm, gates.
  *
  * PyTorch needs many small operations for each, and a copy of all keys and values for attention. Numbers are bf16
  * (wide = 0) or fp32 (wide = 1), arithmetic is fp32 and rounds once. What a row gives does not depend on the others.
  * Sizes come as one array; strides count elements. See native.py, which compiles this file.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE float get(const void *p, int64_t i, int wide) {
-    if (wide) return ((const float *)p)[i];
-    union { uint32_t bits; float value; } x = {(uint32_t)((const uint16_t *)p)[i] << 16};
-    return x.value;
-}
-
-INLINE void put(void *p, int64_t i, float value, int wide) {
-    if (wide) {
-        ((float *)p)[i] = value;
-        return;
-    }
-    union { float value; uint32_t bits; } x = {value};
-    uint32_t nearest = (x.bits + 0x7fff + (x.bits >> 16 & 1)) >> 16; /* ties to even */
-    ((uint16_t *)p)[i] = (uint16_t)(value != value ? 0x7fc0 : nearest);
-}
+#include "native.h"
 
 /* 2^x to fp32's precision, x taken into [-126, 126]: Taylor's series of 2^f, |f| <= 1/2, times a power of two. */
 INLINE float power(float x) {
@@ -46,22 +25,6 @@ INLINE float power(float x) {
 
 /* ---- attention of one token a sequence */
 
-enum { LANES = 16 };
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-INLINE Floats lanes(const void *p, int64_t i, int wide) {
-    Floats whole;
-    Halves half;
-    if (wide) {
-        memcpy(&whole, (const float *)p + i, sizeof whole);
-        return whole;
-    }
-    memcpy(&half, (const uint16_t *)p + i, sizeof half);
-    return (Floats)(__builtin_convertvector(half, Words) << 16);
-}
-
 INLINE float sum_of(Floats x) {
     typedef float Eight __attribute__((vector_size(32)));
     typedef float Four __attribute__((vector_size(16)));
@@ -70,8 +33,6 @@ INLINE float sum_of(Floats x) {
     Four c = b.half[0] + b.half[1];
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
-
-enum { HEADS, KV_HEADS, DIM, BLOCK, WINDOW, Q_SEQ, Q_HEAD, PER_BLOCK, PER_SLOT, PER_HEAD, TABLE_ROW };
 
 /* Ask for the next block: its rows are too short and too far apart for the processor to see them coming. */
 INLINE void fetch(const void *keys, const void *values, int64_t at, const int64_t *n, int64_t count, int64_t dim,
@@ -184,9 +145,6 @@ int decode(const void *q, const void *keys, const void *values, const int32_t *t
 
 /* ---- rotary embedding of queries in place, and of keys on their way into pages; values go there as they are */
 
-enum { R_HEADS, R_KV, R_DIM, R_HALF, R_BLOCK, R_Q, R_Q_HEAD, R_K, R_K_HEAD, R_V, R_V_HEAD, R_COS,
-       R_PER_BLOCK, R_PER_SLOT, R_PER_HEAD };
-
 INLINE void turn(const void *from, int64_t at, void *to, int64_t there, const float *cos, const float *sin,
                  int64_t half, int64_t dim, int wide) {
 #pragma omp simd
@@ -254,22 +212,25 @@ void norm(const void *x, const void *residual, const void *weight, void *out, vo
     }
 }
 
-/* ---- silu(gate) * up */
+/* ---- silu(gate) * up, or the tanh form of gelu(gate) * up: x (1 + tanh t) / 2 = x sigmoid(2 t) */
 
 INLINE void gate_row(const void *gate, int64_t g, const void *up, int64_t u, void *out, int64_t at, int64_t size,
-                     int wide) {
+                     int gelu, int wide) {
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) {
-        float x = get(gate, g + i, wide);
-        put(out, at + i, x / (1 + power(x * -1.44269504088896f)) * get(up, u + i, wide), wide);
+        float x = get(gate, g + i, wide), z = gelu ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x;
+        put(out, at + i, x / (1 + power(z * -1.44269504088896f)) * get(up, u + i, wide), wide);
     }
 }
 
 void gated(const void *gate, const void *up, void *out, int64_t rows, int64_t size, int64_t per_gate, int64_t per_up,
-           int wide, int threads) {
+           int gelu, int wide, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
-        if (wide) gate_row(gate, row * per_gate, up, row * per_up, out, row * size, size, 1);
-        else gate_row(gate, row * per_gate, up, row * per_up, out, row * size, size, 0);
+        int64_t g = row * per_gate, u = row * per_up, at = row * size;
+        if (gelu && wide) gate_row(gate, g, up, u, out, at, size, 1, 1);
+        else if (gelu) gate_row(gate, g, up, u, out, at, size, 1, 0);
+        else if (wide) gate_row(gate, g, up, u, out, at, size, 0, 1);
+        else gate_row(gate, g, up, u, out, at, size, 0, 0);
     }
 }

@@ -1,4 +1,4 @@
-"""`native.c` on a CPU: compiled once a machine by the compiler that is there, and called; without one PyTorch does it.
+"""`native*.c` on a CPU: compiled once a machine by the compiler that is there, and called; without one PyTorch does it.
 
 The library lies in the user's cache under a name that says its source, compiler and processor. The first process that
 wants it waits for the compiler, for a second or two; the others load it.
@@ -20,8 +20,10 @@ import torch
 from rankwise.files import cache_folder
 from rankwise.kernels.backend import chosen
 
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+HERE = Path(__file__).parent
+SOURCES = [HERE / "native.c", HERE / "native_linear.c", HERE / "native_blocks.c"]
+HEADERS = [HERE / "native.h", HERE / "native_dot.h", HERE / "native_linear.h"]
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC"]
 DTYPES = (torch.bfloat16, torch.float32)
 LANES = 16  # of which a head's dimension must be a multiple
 ALONE = 1 << 15  # elements that one thread does on its own: waking others takes longer
@@ -33,9 +35,14 @@ _FUNCTIONS = {
     "decode": [*[_P] * 7, _L, _F, _I, _I],
     "rotary": [*[_P] * 10, _L, _I, _I],
     "norm": [*[_P] * 5, *[_L] * 5, _F, _F, _I, _I],
-    "gated": [*[_P] * 3, *[_L] * 4, _I, _I],
+    "gated": [*[_P] * 3, *[_L] * 4, _I, _I, _I],
+    "linears": [*[_P] * 3, *[_L] * 2, _I],
+    "blocks": [*[_P] * 4, *[_L] * 2, *[_F] * 3, _I],
+    "has_four_bits": [],
 }
 
+
+ANSWERING = ("decode", "linears", "blocks", "has_four_bits")  # with a number: others have no result
 
 _one_at_a_time = Lock()
 
@@ -58,12 +65,22 @@ def _loaded() -> ctypes.CDLL | None:
     if platform.system() != "Linux" or compiler is None:
         return None
     try:
-        found = ctypes.CDLL(str(build(compiler, cache_folder() / "native")))
-        for name, types in _FUNCTIONS.items():
-            getattr(found, name).argtypes, getattr(found, name).restype = types, _I if name == "decode" else None
+        return load(build(compiler, cache_folder() / "native"))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         logging.getLogger(__name__).info("native.c is not used, decoding on the CPU is slower: %s", error)
         return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The functions of a compiled library.
+
+    Raises:
+        OSError: it cannot be loaded.
+        AttributeError: a function is missing.
+    """
+    found = ctypes.CDLL(str(path))
+    for name, types in _FUNCTIONS.items():
+        getattr(found, name).argtypes, getattr(found, name).restype = types, _I if name in ANSWERING else None
     return found
 
 
@@ -75,13 +92,13 @@ def build(compiler: str, folder: Path) -> Path:
         subprocess.SubprocessError: the compiler fails, or takes more than a minute.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    facts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor()]
+    facts = [*(path.read_bytes() for path in (*HEADERS, *SOURCES)), version, " ".join(FLAGS).encode(), _processor()]
     path = folder / f"{hashlib.blake2b(b'|'.join(facts), digest_size=12).hexdigest()}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, "native.so")
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
             subprocess.run(command, capture_output=True, check=True, timeout=60)
             made.replace(path)
     return path

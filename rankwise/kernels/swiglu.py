@@ -52,16 +52,16 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     _check(gate, up)
     if native.usable(gate, up):
-        return _native(gate, up)
+        return _native(gate, up, gelu=False)
     return _op(gate, up, False) if use_triton(gate) else silu(gate) * up
 
 
-def _native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _native(gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype)
     n = gate.shape[-1]
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
     sizes = len(gate), n, gate.stride(0), up.stride(0)
-    native.call("gated", out.numel(), gate, up, out, *sizes, native.wide(out))
+    native.call("gated", out.numel(), gate, up, out, *sizes, int(gelu), native.wide(out))
     return out
 
 
@@ -79,6 +79,8 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         RankwiseError: gate and up differ in shape or dtype.
     """
     _check(gate, up)
+    if native.usable(gate, up):
+        return _native(gate, up, gelu=True)
     return _op(gate, up, True) if use_triton(gate) else gelu(gate, approximate="tanh") * up
 
 

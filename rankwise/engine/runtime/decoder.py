@@ -11,6 +11,7 @@ from rankwise.engine.runtime.batch import Batch
 from rankwise.engine.runtime.mixed import Group, packed_linear
 from rankwise.kernels.attention import decode_attention
 from rankwise.kernels.host import host_linear
+from rankwise.kernels.native_linear import HostGroup
 from rankwise.kernels.norm import add_rms_norm, rms_norm
 from rankwise.kernels.prefill import prefill_attention
 from rankwise.kernels.rotary import rotary_to_cache_
@@ -101,14 +102,14 @@ class Decoder:
         embed: `[vocabulary, hidden]`.
         blocks: in order.
         norm: the last one.
-        head: `[vocabulary, hidden]`, perhaps the embedding itself, perhaps of `kernels.host.prepare`.
+        head: `[vocabulary, hidden]`, perhaps the embedding itself, perhaps of `kernels.host.prepare`, or a group.
     """
 
     shape: Shape
     embed: torch.Tensor
     blocks: tuple[Block, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: torch.Tensor | HostGroup
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
@@ -120,11 +121,8 @@ class Decoder:
             values: likewise.
         """
         shape = self.shape
-        stream = embedding(batch.ids, self.embed)
-        if shape.embed_scale != 1:
-            stream = stream * float(torch.tensor(shape.embed_scale, dtype=stream.dtype))  # on the host: nothing waits
         norm = partial(rms_norm, eps=shape.eps, offset=shape.offset)
-        x = norm(stream, self.blocks[0].norm_in)
+        x, stream = self.begin(batch)
         after = [*(block.norm_in for block in self.blocks[1:]), self.norm]
         for block, k, v, following in zip(self.blocks, keys, values, after, strict=True):
             delta = self._attention(block, x, batch, k, v)
@@ -133,8 +131,21 @@ class Decoder:
             delta = packed_linear(self._gated(block, x), block.down)
             delta = delta if block.norm_out is None else norm(delta, block.norm_out)
             x, stream = add_rms_norm(delta, stream, following, shape.eps, shape.offset)
-        logits = host_linear(x if len(batch.last) == len(x) else x.index_select(0, batch.last), self.head)
-        cap = shape.logit_softcap
+        return self.finish(x, batch)
+
+    def begin(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the first block is given, `[T, hidden]`: the embeddings, normed and as they are."""
+        shape = self.shape
+        stream = embedding(batch.ids, self.embed)
+        if shape.embed_scale != 1:
+            stream = stream * float(torch.tensor(shape.embed_scale, dtype=stream.dtype))  # on the host: nothing waits
+        return rms_norm(stream, self.blocks[0].norm_in, shape.eps, shape.offset), stream
+
+    def finish(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits of the rows that the batch wants, from what the last norm gave."""
+        x = x if len(batch.last) == len(x) else x.index_select(0, batch.last)
+        logits = self.head(x) if isinstance(self.head, HostGroup) else host_linear(x, self.head)
+        cap = self.shape.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def _attention(

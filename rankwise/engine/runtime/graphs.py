@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from rankwise.engine.runtime import hostblocks
 from rankwise.engine.runtime.batch import Batch
 from rankwise.engine.runtime.decoder import Decoder
 from rankwise.kernels.backend import use_triton
@@ -40,7 +41,8 @@ def forward(
     most_length: int,
     graphs: bool,
 ) -> Forward:
-    """What runs the steps of an engine: graphs where the device has them and every kernel can be captured.
+    """What runs the steps of an engine: graphs where the device has them and every kernel can be captured, on a CPU
+    `native_blocks.c` where it is there.
 
     Args:
         decoder: weights.
@@ -52,6 +54,8 @@ def forward(
     """
     if graphs and decoder.embed.is_cuda and use_triton(decoder.embed):
         return Graphs(decoder, keys, values, most_sequences, most_length, Capture(decoder.embed.device))
+    if hostblocks.suits(decoder, keys, values):
+        return hostblocks.HostBlocks(decoder, keys, values)
     return lambda batch: decoder(batch, keys, values)
 
 

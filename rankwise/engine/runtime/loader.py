@@ -8,11 +8,12 @@ from torch import nn
 
 from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
 from rankwise.engine.runtime.decoder import Block, Decoder, Rotary, Shape
-from rankwise.engine.runtime.mixed import Group, Quantised, group_of, quantised_member
+from rankwise.engine.runtime.mixed import Group, Quantised, group_of, quantised_member, stored
 from rankwise.errors import RankwiseError
 from rankwise.kernels import Dense, LowRank, Pivot
 from rankwise.kernels.host import prepare
 from rankwise.kernels.members import Member
+from rankwise.kernels.native_linear import HostGroup, Layer, host_group, suits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length so far
@@ -47,7 +48,7 @@ def convert(model: Any, most_positions: int) -> Decoder:
         blocks.append(_block(layer, angles.get(kind, angles[""]), _window(config, kind)))
         _empty(layer)
     embed, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
-    return Decoder(_shape(config), embed, tuple(blocks), inner.norm.weight.data, prepare(head))
+    return Decoder(_shape(config), embed, tuple(blocks), inner.norm.weight.data, _head(head))
 
 
 def _activation(config: Any) -> str:
@@ -93,8 +94,17 @@ def _block(layer: Any, rotary: Rotary, window: int | None) -> Block:
 
 def packed(modules: Sequence[nn.Module]) -> Group:
     """Linear modules of any kind as one group."""
+    layers = [stored(module) for module in modules]
+    weight = modules[0].weight
+    if isinstance(weight, torch.Tensor) and suits(layers, weight.dtype):
+        return host_group(layers)
     biases = [module.bias.data if isinstance(module.bias, torch.Tensor) else None for module in modules]
     return group_of([_member(module) for module in modules], biases)
+
+
+def _head(weight: torch.Tensor) -> torch.Tensor | HostGroup:
+    layers = [Layer(weight, None, None, None, len(weight))]
+    return host_group(layers) if suits(layers, weight.dtype) else prepare(weight)
 
 
 def _member(module: nn.Module) -> Member | Quantised:

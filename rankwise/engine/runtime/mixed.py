@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.functional import rms_norm
 
 from rankwise import kernels
-from rankwise.engine.layers import CompressedLinear
+from rankwise.engine.layers import CompressedLinear, PivotLinear
 from rankwise.engine.matrices import dense, dequantised, lowrank
 from rankwise.engine.runtime.hostint4 import HostInt4, suits
 from rankwise.kernels import NF4, Dense, Int4, LowRank, Packed, Pivot, pack
 from rankwise.kernels.fragments import Fragments
 from rankwise.kernels.members import Member
+from rankwise.kernels.native_linear import HostGroup, Layer
 from rankwise.kernels.pack import prepared
 from rankwise.kernels.quantized import repack
 from rankwise.kernels.swiglu import swiglu as gated
@@ -71,7 +73,7 @@ class Mixed:
         """Outputs come in order: unlike those of `Packed`, pivot layers here may gate, too."""
 
 
-Group = Packed | Mixed
+Group = Packed | Mixed | HostGroup
 
 
 def group_of(members: Sequence[Member | Quantised], biases: Sequence[torch.Tensor | None]) -> Group:
@@ -81,6 +83,17 @@ def group_of(members: Sequence[Member | Quantised], biases: Sequence[torch.Tenso
         return prepared(pack(plain, biases))
     parts = zip(members, biases, strict=True)
     return Mixed(tuple(m if isinstance(m, Quantised) else prepared(pack([m], [bias])) for m, bias in parts))
+
+
+def stored(module: nn.Module) -> Layer:
+    """A linear module as its tensors lie."""
+    bias = module.bias.data if isinstance(module.bias, torch.Tensor) else None
+    if not isinstance(module, CompressedLinear):
+        assert isinstance(module, nn.Linear)
+        return Layer(module.weight.data, None, None, bias, len(module.weight))
+    matrices = [m.data if isinstance(m, torch.Tensor) else m for m in map(module.matrix, module.matrices)]
+    index = module.pivot_index.data if isinstance(module, PivotLinear) else None
+    return Layer(matrices[0], matrices[1] if len(matrices) > 1 else None, index, bias, module.out_features)
 
 
 def quantised_member(layer: CompressedLinear, names: Sequence[str], index: torch.Tensor | None) -> Member | Quantised:
@@ -115,6 +128,10 @@ def packed_linear(
         return kernels.packed_linear(x, group, residual, swiglu=swiglu, eps=eps)
     if eps is not None:
         x = rms_norm(x, x.shape[-1:], eps=eps)
+    if isinstance(group, HostGroup):
+        y = group(x)
+        y = gated(*y.chunk(2, dim=-1)) if swiglu else y
+        return y if residual is None else y + residual
     parts = [m(x) if isinstance(m, Quantised) else kernels.packed_linear(x, m) for m in group.members]
     y = gated(*parts) if swiglu else parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return y if residual is None else y + residual

@@ -17,10 +17,12 @@ from rankwise.engine.layers import CompressedLinear
 from rankwise.engine.runtime.engine import Engine, EngineConfig
 from rankwise.engine.runtime.hostint4 import HostInt4, suits
 from rankwise.engine.runtime.loader import convert, packed
-from rankwise.engine.runtime.mixed import Mixed, Quantised, packed_linear
+from rankwise.engine.runtime.mixed import Mixed, Quantised, packed_linear, stored
 from rankwise.engine.runtime.params import SamplingParams
-from rankwise.kernels import Packed, backend, quantize_int4
+from rankwise.kernels import Packed, backend, native, quantize_int4
 from rankwise.kernels.int4 import dequantize_int4
+from rankwise.kernels.native_linear import HostGroup
+from rankwise.kernels.native_linear import suits as suits_functions
 from rankwise.kernels.swiglu import swiglu
 from rankwise.plan import LayerSpec
 from rankwise.storage import Precision
@@ -80,6 +82,15 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float) -> None:
     assert float((a.double() - b.double()).norm() / b.double().norm()) < limit
 
 
+@pytest.fixture(params=[True, False], ids=["library", "no library"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the functions of gcc where they are, and without: then PyTorch multiplies int4."""
+    if not request.param:
+        monkeypatch.setattr(native, "library", lambda: None)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_a_group_is_its_layers(precision: Precision, dtype: torch.dtype) -> None:
@@ -97,6 +108,7 @@ def test_a_group_is_its_layers(precision: Precision, dtype: torch.dtype) -> None
     assert packed_linear(x[:0], group).shape == (0, 5, wanted.shape[-1])
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("first", "second"), [("dense", "dense"), ("dense", "pivot"), ("pivot", "pivot")])
 def test_a_gate_and_what_it_gates(first: str, second: str) -> None:
     specs = [SPECS[first].stored_as(Precision("int4", 32)), SPECS[second].stored_as(Precision("int4", 64, True))]
@@ -104,13 +116,16 @@ def test_a_gate_and_what_it_gates(first: str, second: str) -> None:
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
     wanted = swiglu(*(member(x) for member in members))
     group = packed(members)
-    assert isinstance(group, Mixed)
+    assert isinstance(group, Mixed | HostGroup)
     assert group.place is None
     close(packed_linear(x, group, swiglu=True), wanted, 2e-2)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="how a CPU keeps them")
-def test_what_stays_in_4_bits_on_a_cpu() -> None:
+def test_what_stays_in_4_bits_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the functions of gcc."""
+    monkeypatch.setattr(native, "library", lambda: None)
+
     def kept(kind: str, precision: Precision, dtype: torch.dtype) -> bool:
         group = packed(layers([SPECS[kind].stored_as(precision)], dtype, bias=False))
         assert isinstance(group, Packed | Mixed)
@@ -124,8 +139,19 @@ def test_what_stays_in_4_bits_on_a_cpu() -> None:
     [layer] = layers([SPECS["dense"].stored_as(Precision("int4", 64))], torch.bfloat16, bias=False)
     group = packed([layer])
     assert isinstance(group, Mixed)
-    stored = sum(t.nbytes for name, t in layer.state_dict().items() if name != "weight")
-    assert tensor_bytes(tensors_in(group)) == stored + 96 * 2 * 2  # PyTorch wants a zero beside each scale
+    there = sum(t.nbytes for name, t in layer.state_dict().items() if name != "weight")
+    assert tensor_bytes(tensors_in(group)) == there + 96 * 2 * 2  # PyTorch wants a zero beside each scale
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="how a CPU keeps them")
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_what_the_functions_keep_in_4_bits(precision: Precision) -> None:
+    """All that there is, and nothing twice."""
+    members = layers([SPECS["dense"].stored_as(precision)], torch.bfloat16, bias=False)
+    if not suits_functions([stored(member) for member in members], torch.bfloat16):
+        pytest.skip("codes cannot be looked up here")
+    scales = 96 * 128 // precision.block * 4
+    assert tensor_bytes(tensors_in(packed(members))) == 96 * 128 // 2 + scales
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="PyTorch's product on a CPU")
