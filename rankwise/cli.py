@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise import benching, importing, serving
+from rankwise.distributed import tell
 from rankwise.errors import RankwiseError
 from rankwise.options import Against, Checkpoint, Device, Draft, Dtype, Json, Model, Seed, SeqLen, Text, Windows
 
@@ -94,7 +95,10 @@ def compress(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose ranks under a budget and write a smaller checkpoint. Interrupted, the same command continues."""
+    """Choose ranks under a budget and write a smaller checkpoint. Interrupted, the same command continues.
+
+    Several processes share the work under torchrun: torchrun --nproc-per-node N -m rankwise compress ...
+    """
     from rankwise import commands
     from rankwise.alloc.options import make_method
     from rankwise.budgets import make_budget
@@ -237,7 +241,7 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(arguments)
     except RankwiseError as error:
-        sys.stderr.write(f"error: {error}\n")
+        tell(f"error: {error}\n")
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here

@@ -15,13 +15,14 @@ from rankwise.anatomy import require_context
 from rankwise.benching import add_speed
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig, check, check_count, check_seed
+from rankwise.distributed import is_main, joined, speaks
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
 from rankwise.engine.checkpoint import verify as verify_checkpoint
 from rankwise.engine.runtime.params import SamplingParams
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
 from rankwise.plan import RankPlan
-from rankwise.progress import on_terminal
+from rankwise.progress import on_terminal, silent
 from rankwise.tasks import Chosen, Measure, measurer, nothing
 from rankwise.text import read_text, take_windows, token_windows
 from rankwise.zoo import EMBEDDED, disk_bytes, load_model, local_folder, model_dtype, quiet_transformers
@@ -32,7 +33,10 @@ quiet_transformers()
 
 def compress(config: CompressConfig, as_json: bool) -> None:
     """`rankwise compress`."""
-    plan = compress_to_folder(config, track=on_terminal)
+    with joined(config.device):
+        plan = compress_to_folder(config, track=on_terminal if is_main() else silent)
+    if not speaks():
+        return
     if config.score_only:
         console.show(
             f"{config.out}: scores; now rankwise compress {config.model} --from {config.out} --ratio R --out O"

@@ -1,13 +1,13 @@
 """`rankwise compress`: from a model's name to a checkpoint, or to a folder of scores, resumable at every stage."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankwise.alloc.calibration import Calibration
-from rankwise.alloc.curvature import Curvature, collect, hash_windows
+from rankwise.alloc.curvature import Curvature, hash_windows
 from rankwise.alloc.heal import HealConfig, heal
 from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
@@ -15,11 +15,12 @@ from rankwise.alloc.store import FactorStore
 from rankwise.alloc.teacher import Teacher
 from rankwise.anatomy import block_linears, features
 from rankwise.config import CompressConfig
+from rankwise.distributed import from_main, is_main
 from rankwise.engine.checkpoint import PLAN, save
 from rankwise.evaluate import perplexity
 from rankwise.files import disk_guard, publish
 from rankwise.jobs import Job
-from rankwise.pipeline import check_plan, compress, measure_factors, round_layers, tensor_bytes
+from rankwise.pipeline import check_plan, compress, round_layers, tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
@@ -30,32 +31,14 @@ from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_
 from rankwise.storage import Precision
 from rankwise.weights import needs_curvature, needs_factors, require_fit, rounding_plan
 from rankwise.windows import cut_windows, read_texts
+from rankwise.work import Work, measure, measure_curvature, share
 from rankwise.zoo import load_model, model_dtype, resolve_device
-
-
-@dataclass
-class Work:
-    """One job's parts, handed from stage to stage.
-
-    Args:
-        config: the command.
-        model: dense at first.
-        tokenizer: of the model.
-        windows: from `windows.cut_windows`.
-        folder: unfinished work lies here.
-        track: progress.
-    """
-
-    config: CompressConfig
-    model: Any
-    tokenizer: Any
-    windows: dict[str, torch.Tensor]
-    folder: Path
-    track: Track
 
 
 def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> RankPlan:
     """From a model's name to a folder. Killed anywhere, the same call continues.
+
+    Inside `distributed.joined` the processes share curvature and factors; the main one does the rest.
 
     Returns:
         The plan, as written into the checkpoint (with `score_only`: the plan of the method's own ratio).
@@ -73,12 +56,16 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
     model, tokenizer = load_model(config.model, config.dtype)
     _check_model(config, given, model)
     windows = cut_windows(config, raw, model, tokenizer)
-    require_room_for(config, given, model, windows)
+    if is_main():
+        require_room_for(config, given, model, windows)
     identity = identify_job(config, model_dtype(model))
     with Job.open(config.out, identity, restart=config.restart) as job, disk_guard(config.out):
         work = Work(config, model, tokenizer, windows, job.folder, track)
-        plan = _score(work) if config.score_only else _compress(work, given)
-        job.finish()
+        del model  # the other processes let go of it in `share`
+        share(work, given)
+        plan = from_main(lambda: _score(work) if config.score_only else _compress(work, given))
+        if is_main():
+            job.finish()
     return plan
 
 
@@ -132,11 +119,11 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
     config, precision, weights = work.config, work.config.precision, model_dtype(work.model)
     if not needs_factors(config, given):
         plan = rounding_plan(given, precision, _shapes(work.model), weights, config.method.pins)
-        curvature = _curvature(work) if config.feeds_back else None
+        curvature = measure_curvature(work) if config.feeds_back else None
         identity = {"measured": False} if curvature is None else curvature.identity
         plan.provenance = provenance(config, identity, weights)
         return plan, None, curvature
-    store, curvature = _factors(work, work.folder / FACTORS)
+    store, curvature = measure(work, work.folder / FACTORS)
     plan, _ = _plan(work, given, store, curvature)
     plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
     plan.provenance = provenance(config, curvature.identity, weights)
@@ -158,32 +145,13 @@ def _score(work: Work) -> RankPlan:
     config, staged, weights = work.config, work.folder / "scores", model_dtype(work.model)
     if config.out.exists():
         return open_scores(config.out, work.model).allocate(config.method.ratio, weights)
-    store, curvature = _factors(work, staged / FACTORS)
+    store, curvature = measure(work, staged / FACTORS)
     plan, learnt = _plan(work, None, store, curvature)
     if not (staged / INDEX).exists():
         facts = provenance(config, curvature.identity, weights)
         finish_scores(staged, facts, learnt)
     publish(staged, config.out)
     return plan
-
-
-def _curvature(work: Work) -> Curvature:
-    """Second moments alone, for rounding."""
-    config, windows = work.config, work.windows
-    folder, device = config.curvature or work.folder / "curvature", resolve_device(config.device)
-    gradients = windows["gradients"] if config.method.two_sided else None
-    return collect(
-        work.model, windows["inputs"], gradients, folder, device=device, seed=config.text.seed, track=work.track
-    )
-
-
-def _factors(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:
-    """Curvature and factors; output gradients also where only the refit asks for them."""
-    config = work.config
-    moments = config.curvature or work.folder / "curvature"
-    gradients = work.windows["gradients"] if config.method.two_sided or config.refits else None
-    where = moments, folder, config.device, config.text.seed, work.track
-    return measure_factors(work.model, work.windows["inputs"], gradients, config.method, *where)
 
 
 def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Curvature) -> tuple[RankPlan, Any]:

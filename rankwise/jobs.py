@@ -4,10 +4,11 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from rankwise.distributed import barrier, is_main
 from rankwise.errors import RankwiseError
 from rankwise.files import differing_keys, json_ready, read_json, write_json
 
@@ -84,7 +85,7 @@ class Job:
     @classmethod
     @contextmanager
     def open(cls, out: Path, identity: dict[str, Any], *, restart: bool = False) -> Iterator["Job"]:
-        """Start, or continue, the job that makes `out`.
+        """Start, or continue, the job that makes `out`. Of several processes the main one owns it.
 
         Args:
             out: the result's folder.
@@ -95,13 +96,15 @@ class Job:
             RankwiseError: unfinished work of another job, or another process is at it.
         """
         folder = work_folder(out)
-        with locked(folder):
+        with locked(folder) if is_main() else nullcontext():
             job = cls(folder)
             try:
-                job._claim(identity, restart=restart)
+                if is_main():
+                    job._claim(identity, restart=restart)
+                barrier()
                 yield job
             finally:
-                if not any(entry.name != JOB for entry in folder.iterdir()):
+                if is_main() and not any(entry.name != JOB for entry in folder.iterdir()):
                     shutil.rmtree(folder, ignore_errors=True)  # finished, or failed before any work was done
 
     def finish(self) -> None:

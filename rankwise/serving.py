@@ -1,6 +1,6 @@
-"""The command `rankwise serve`; what it does is in `rankwise.engine.doors.server`."""
+"""The command `rankwise serve`; what it does is in `rankwise.engine.doors.server`, or in vLLM."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -8,10 +8,16 @@ from rankwise.errors import RankwiseError
 from rankwise.options import Device, Draft, DraftTokens, Dtype, Json, Model
 
 PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+ENGINES = ("rankwise", "vllm")
+VLLM_TAKES = {"host", "port", "name", "api_key", "max_sequences", "max_model_len", "prefix_caching", "dtype"}
 
 
 def serve(
+    context: typer.Context,
     model: Model,
+    engine: Annotated[
+        str, typer.Option(help="rankwise, or vllm: what follows -- is then handed to vLLM's server.")
+    ] = "rankwise",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default: MODEL.")] = None,
@@ -38,6 +44,12 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does: completions, chat, streams. Needs the extra `serve`."""
+    if engine not in ENGINES:
+        raise RankwiseError("engine", engine, f"allowed: {', '.join(ENGINES)}")
+    if engine == "vllm":
+        _serve_by_vllm(context)
+    if context.args:
+        raise RankwiseError("argument", context.args[0], "options after -- are for --engine vllm")
     try:
         from rankwise.engine.doors.server import process
         from rankwise.engine.doors.server.config import ServeConfig
@@ -66,3 +78,17 @@ def serve(
         dtype=dtype,
     )
     process.serve(config, as_json)
+
+
+def _serve_by_vllm(context: typer.Context) -> None:
+    """Hand over to vLLM; never returns."""
+    from rankwise.engine.doors.vllm.launch import launch
+
+    for name in sorted(set(context.params) - VLLM_TAKES - {"model", "engine"}):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
+            allowed = "an option of rankwise's own engine; vLLM's own options go after --"
+            raise RankwiseError(option, "given with --engine vllm", allowed)
+    options: dict[str, Any] = {name: value for name, value in context.params.items() if name in VLLM_TAKES}
+    launch(context.params["model"], options, context.args)

@@ -10,6 +10,7 @@ block whose file is missing, and computes the same bytes.
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rankwise.alloc.moments import MAGNITUDES
 from rankwise.alloc.stream import BlockStream
 from rankwise.alloc.sweeps import sweep_backward, sweep_forward
 from rankwise.anatomy import block_linears, require_finite
+from rankwise.distributed import from_main, is_main, require_same
 from rankwise.errors import RankwiseError
 from rankwise.files import open_tensors, read_json, read_tensors, write_json
 from rankwise.jobs import locked
@@ -133,8 +135,10 @@ def collect(
         lengths = f"{gradient_windows.shape[1]} tokens"
         raise RankwiseError("gradient windows", lengths, f"allowed: {windows.shape[1]}, as the other windows")
     identity = identify(model, windows, windows[:0] if gradient_windows is None else gradient_windows, seed)
-    with locked(folder):
-        return _collect(model, linears, windows, gradient_windows, _claim(folder, identity), device, seed, track)
+    require_same("model or text", identity)
+    with locked(folder) if is_main() else nullcontext():
+        curvature = from_main(lambda: _claim(folder, identity))
+        return _collect(model, linears, windows, gradient_windows, curvature, device, seed, track)
 
 
 def _collect(
@@ -147,17 +151,18 @@ def _collect(
     seed: int,
     track: Track,
 ) -> Curvature:
-    need_outputs = gradient_windows is not None and not curvature.has_outputs
-    if not curvature.has_inputs or need_outputs:
+    inputs, outputs, back = from_main(lambda: (curvature.has_inputs, curvature.has_outputs, curvature.on_the_way_back))
+    need_outputs = gradient_windows is not None and not outputs
+    if not inputs or need_outputs:
         stream = BlockStream(model, device, windows[:1])
         try:
-            if not curvature.on_the_way_back:
+            if not back:
                 sweep_forward(stream, linears, windows, gradient_windows if need_outputs else None, curvature, track)
             if need_outputs and gradient_windows is not None:
                 sweep_backward(stream, linears, gradient_windows, curvature, seed, track)
         finally:
             stream.close()
-    if curvature.has_outputs:
+    if is_main() and curvature.has_outputs:
         curvature.clean()
     return curvature
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.alloc.exchange import sum_to_main
 from rankwise.anatomy import features
+from rankwise.distributed import gather, world
 from rankwise.errors import RankwiseError
 
 MAGNITUDES = "magnitudes."  # before a leader's name, in the inputs' files
@@ -38,9 +40,21 @@ class _Sums:
             self.sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
         self.sums[name].addmm_(flat.T, flat)
 
+    def merge(self, device: torch.device) -> None:
+        """Add up what all processes have summed, in the main one; `device` is where their sums are."""
+        self._merge(self.sums, device)
+
+    def _merge(self, sums: dict[str, torch.Tensor], device: torch.device) -> None:
+        """A layer that was reached in some processes counts as zero in the others."""
+        shapes = {name: shape for part in gather({n: t.shape for n, t in sums.items()}) for name, shape in part.items()}
+        for name, shape in shapes.items() if world() > 1 else ():
+            if name not in sums:
+                sums[name] = torch.zeros(shape, device=device)
+            sum_to_main(sums[name])
+
     def _means(self, tokens: int, what: str) -> dict[str, torch.Tensor]:
         for name, total in self.sums.items():
-            if not torch.isfinite(total).all():
+            if not torch.isfinite(total.diagonal()).all():  # no entry is larger than the larger of two on the diagonal
                 raise RankwiseError(name, f"NaN or Inf in its {what}", "try --dtype fp32 or bf16")
         return {name: total.div_(tokens) for name, total in self.sums.items()}
 
@@ -74,6 +88,12 @@ class InputSums(_Sums):
                 self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
 
         return module.register_forward_pre_hook(hook)
+
+    def merge(self, device: torch.device) -> None:
+        """Add up what all processes have summed, in the main one; `device` is where their sums are."""
+        self.leaders = {name: leader for part in gather(self.leaders) for name, leader in part.items()}
+        self._merge(self.sums, device)
+        self._merge(self.sizes, device)
 
     def finish(self, tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Leader to mean `[n, n]`, and layer to leader. A layer that was never called has a zero matrix."""

@@ -11,6 +11,7 @@ from torch import nn
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import Factors, factorize_all, factorize_diagonal
 from rankwise.anatomy import block_linears, features, weight_of
+from rankwise.distributed import barrier, from_main, is_main, own
 from rankwise.errors import RankwiseError
 from rankwise.files import open_tensors, write_tensors
 from rankwise.jobs import claim
@@ -73,6 +74,8 @@ def factorize_model(
 ) -> FactorStore:
     """Factor every linear layer, or finish what `folder` holds of it; one block's curvature in memory at a time.
 
+    Several processes (`rankwise.distributed`) share out the blocks that are missing; each writes its own.
+
     Args:
         sides: the metric, one of `factors.SIDES`.
 
@@ -83,12 +86,16 @@ def factorize_model(
     store = FactorStore(folder, [{name: features(m) for name, m in block.items()} for block in linears])
     if sides == "two" and not curvature.has_outputs:
         raise RankwiseError("curvature", str(curvature.folder), "it has no output-gradient moments; use --sides one")
-    claim(folder, "factors", {"sides": sides, **curvature.identity})
+    if is_main():
+        claim(folder, "factors", {"sides": sides, **curvature.identity})
+    missing = from_main(lambda: [index for index in range(len(linears)) if not store.file(index).exists()])
+    mine = {missing[at] for at in own(len(missing))}
     with track("factors", len(linears)) as advance:
         for index, block in enumerate(linears):
-            if not store.file(index).exists():
+            if index in mine:
                 write_tensors(store.file(index), _factorize_block(block, _metric(curvature, index, sides), device), {})
             advance()
+    barrier()
     return store
 
 

@@ -1,9 +1,11 @@
 """The two sweeps that measure curvature: forward for the inputs, backward for the output gradients.
 
-One block at a time: what a sweep has finished is on the disk, and a later call goes on from there.
+One block at a time: what a sweep has finished is on the disk, and a later call goes on from there. Several processes
+(`rankwise.distributed`) share out the windows; the main one adds up the sums, gathers hidden states and writes.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from rankwise.alloc.exchange import rows_to_main
 from rankwise.alloc.moments import MAGNITUDES, GradientSums, InputSums
 from rankwise.alloc.seeds import generator
 from rankwise.alloc.stream import BlockStream
+from rankwise.distributed import from_main, is_main, own
 from rankwise.errors import RankwiseError
 from rankwise.files import read_tensors, write_tensors
 from rankwise.progress import Track
@@ -41,23 +45,26 @@ def sweep_forward(
     track: Track,
 ) -> None:
     """Input moments of every block; the blocks' inputs on the gradient windows are kept for the way back."""
-    hidden = [] if curvature.has_inputs else [stream.embed(window[None]) for window in windows]
-    kept = [] if gradient_windows is None else [stream.embed(window[None]) for window in gradient_windows]
+    there, total = from_main(lambda: curvature.has_inputs), 0 if gradient_windows is None else len(gradient_windows)
+    hidden = [] if there else [stream.embed(windows[number][None]) for number in own(len(windows))]
+    kept = [] if gradient_windows is None else [stream.embed(gradient_windows[n][None]) for n in own(total)]
     with track("input moments", len(stream)) as advance:
         for index, layers in enumerate(linears):
-            _keep(kept, curvature.file("hidden", index))
-            done = curvature.file("inputs", index).exists()
+            _keep(kept, total, curvature.file("hidden", index))
+            done = from_main(curvature.file("inputs", index).exists)
             sums = InputSums({} if done else layers)
             with torch.no_grad(), stream.on_device(index), sums.listening():
                 for number, h in enumerate(hidden):
                     sums.start_window()
                     hidden[number] = stream.run(index, h.to(stream.device)).cpu()
             if not done:
-                _write_inputs(sums, windows.numel(), curvature.file("inputs", index))
+                sums.merge(stream.device)
+                if is_main():
+                    _write_inputs(sums, windows.numel(), curvature.file("inputs", index))
             with torch.no_grad(), stream.on_device(index):
                 kept = [stream.run(index, h.to(stream.device)).cpu() for h in kept]
             advance()
-    _keep(kept, curvature.file("hidden", len(stream)))
+    _keep(kept, total, curvature.file("hidden", len(stream)))
 
 
 def _write_inputs(sums: InputSums, tokens: int, path: Path) -> None:
@@ -66,9 +73,16 @@ def _write_inputs(sums: InputSums, tokens: int, path: Path) -> None:
     write_tensors(path, moments | sizes, {"groups": json.dumps(groups, sort_keys=True)})
 
 
-def _keep(hidden: list[torch.Tensor], path: Path) -> None:
-    if hidden and not path.exists():
-        write_tensors(path, {"hidden": torch.cat(hidden)}, {})
+def _keep(hidden: list[torch.Tensor], total: int, path: Path) -> None:
+    if total and not from_main(path.exists):
+        _write_rows([h[0] for h in hidden], total, "hidden", path)
+
+
+def _write_rows(rows: list[torch.Tensor], total: int, key: str, path: Path) -> None:
+    """All processes' rows, one for each of `total` windows, as one tensor."""
+    found = rows_to_main(rows, total)
+    if is_main():
+        write_tensors(path, {key: torch.stack(found)}, {})
 
 
 def sweep_backward(
@@ -82,24 +96,35 @@ def sweep_backward(
     """Output-gradient moments, last block first; each block's forward is recomputed from its kept input."""
     last = len(stream)
     with track("output-gradient moments", last + 1) as advance:
-        if not any(curvature.file("grad", i).exists() for i in range(last + 1)):
-            write_tensors(curvature.file("grad", last), {"grad": _head_gradients(stream, windows, curvature, seed)}, {})
+        if not from_main(lambda: any(curvature.file("grad", i).exists() for i in range(last + 1))):
+            grads = _head_gradients(stream, windows, curvature, seed)
+            _write_rows(grads, len(windows), "grad", curvature.file("grad", last))
         advance()
         for index in reversed(range(last)):
             above, below = curvature.file("grad", index + 1), curvature.file("grad", index)
-            if above.exists() and not below.exists():
-                moments, grad = _block_gradients(stream, index, linears[index], curvature)
-                write_tensors(curvature.file("outputs", index), moments, {})
-                write_tensors(below, {"grad": grad}, {})
-            if below.exists():
+            if from_main(partial(_is_next, above, below)):
+                sums, grads = _block_gradients(stream, index, linears[index], curvature)
+                sums.merge(stream.device)
+                if is_main():
+                    write_tensors(curvature.file("outputs", index), sums.finish(windows.numel()), {})
+                _write_rows(grads, len(windows), "grad", below)
+            if is_main() and below.exists():
                 above.unlink(missing_ok=True)
             advance()
 
 
-def _head_gradients(stream: BlockStream, windows: torch.Tensor, curvature: Files, seed: int) -> torch.Tensor:
-    """Gradient at the last block's output, `[M, T, d]`, of the summed loss under labels drawn from the model."""
+def _is_next(above: Path, below: Path) -> bool:
+    return above.exists() and not below.exists()
+
+
+def _head_gradients(stream: BlockStream, windows: torch.Tensor, curvature: Files, seed: int) -> list[torch.Tensor]:
+    """Gradients `[T, d]` at the last block's output of the summed loss under labels drawn from the model.
+
+    The labels are a function of seed and window: the same whichever process draws them.
+    """
     grads = []
-    for number, hidden in enumerate(_load(curvature.file("hidden", len(stream)), "hidden")):
+    rows = _load(curvature.file("hidden", len(stream)), "hidden")
+    for number, hidden in zip(own(len(windows)), rows, strict=True):
         leaf = hidden[None].to(stream.device).requires_grad_()
         logits = stream.head(windows[number][None], leaf)[0].float()
         if not torch.isfinite(logits).all():
@@ -110,13 +135,13 @@ def _head_gradients(stream: BlockStream, windows: torch.Tensor, curvature: Files
         labels = torch.multinomial(odds, 1, generator=generator(seed, number))[:, 0]
         loss = cross_entropy(logits, labels.to(stream.device), reduction="sum")
         grads.append(_gradient(loss, leaf, None, "the head"))
-    return torch.stack(grads)
+    return grads
 
 
 def _block_gradients(
     stream: BlockStream, index: int, layers: dict[str, nn.Module], curvature: Files
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One block's F matrices, and the gradients `[M, T, d]` at its input."""
+) -> tuple[GradientSums, list[torch.Tensor]]:
+    """One block's sums for F, and the gradients `[T, d]` at its input, of this process's windows."""
     hidden = _load(curvature.file("hidden", index), "hidden")
     above = _load(curvature.file("grad", index + 1), "grad")
     sums = GradientSums(layers)
@@ -126,7 +151,7 @@ def _block_gradients(
             leaf = h[None].to(stream.device).requires_grad_()
             out = stream.run(index, leaf)
             grads.append(_gradient(out, leaf, g[None].to(stream.device), f"block {index}"))
-    return sums.finish(hidden.shape[0] * hidden.shape[1]), torch.stack(grads)
+    return sums, grads
 
 
 def _gradient(out: torch.Tensor, leaf: torch.Tensor, above: torch.Tensor | None, where: str) -> torch.Tensor:
@@ -138,4 +163,7 @@ def _gradient(out: torch.Tensor, leaf: torch.Tensor, above: torch.Tensor | None,
 
 
 def _load(path: Path, key: str) -> torch.Tensor:
-    return read_tensors(path)[key].clone()  # aligned memory: the same sums as from a tensor just computed
+    """This process's windows, `[M', T, d]`."""
+    rows = read_tensors(path)[key]
+    part = own(len(rows))
+    return rows[part.start :: part.step].clone()  # aligned memory: the same sums as from a tensor just computed

@@ -95,3 +95,9 @@ def rows_of(panels: Panels) -> torch.Tensor:
         return (numbers * words.view(torch.float32)).flatten(1)[: panels.rows].bfloat16()
     scale, shift = words.view(torch.bfloat16).float().split(1, dim=-1)
     return ((numbers + shift) * scale).flatten(1)[: panels.rows].bfloat16()
+
+
+def take_rows(panels: Panels, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `[T, n]` of a matrix in bf16, by their numbers `[T]`: an embedding that a head's panels hold."""
+    found = panels.weights[ids // ROWS, :, :, ids % ROWS]
+    return found.flatten(1)[:, : panels.columns].contiguous()

@@ -12,7 +12,7 @@ from rankwise.kernels import native, quantize_int4, quantize_nf4
 from rankwise.kernels.backend import backend
 from rankwise.kernels.native_linear import HostGroup, Layer, host_group, suits
 from rankwise.kernels.native_memory import PIECE, placed
-from rankwise.kernels.native_panels import Matrix, panels_of, rows_of
+from rankwise.kernels.native_panels import Matrix, panels_of, rows_of, take_rows
 from rankwise.kernels.quantized import dequantize
 
 LIBRARY = native.library()
@@ -212,3 +212,11 @@ def test_threads_may_outnumber_panels() -> None:
     group = host_group([each for each, _ in made])
     x = draw(2, 64, dtype=BF16)
     assert torch.equal(run(group, x, threads=1), run(group, x, threads=4))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (37, 21), (130, 64)])
+def test_rows_by_their_numbers(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.arange(shape[0]).flip(0).repeat(2)
+    assert torch.equal(take_rows(panels_of(weight), ids), weight[ids])
+    assert take_rows(panels_of(weight), ids[:0]).shape == (0, shape[1])

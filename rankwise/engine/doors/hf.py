@@ -52,8 +52,8 @@ class RankwiseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are frozen."""
-        return False
+        """Adapters on top are; the layers themselves are frozen."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -12,6 +12,7 @@ from rankwise.engine.runtime.mixed import Group, packed_linear
 from rankwise.kernels.attention import decode_attention
 from rankwise.kernels.host import host_linear
 from rankwise.kernels.native_linear import HostGroup
+from rankwise.kernels.native_panels import take_rows
 from rankwise.kernels.norm import add_rms_norm, rms_norm
 from rankwise.kernels.prefill import prefill_attention
 from rankwise.kernels.rotary import rotary_to_cache_
@@ -99,7 +100,7 @@ class Decoder:
 
     Args:
         shape: sizes.
-        embed: `[vocabulary, hidden]`.
+        embed: `[vocabulary, hidden]`, or `[0, hidden]` where the head is a group of the same numbers: it is read there.
         blocks: in order.
         norm: the last one.
         head: `[vocabulary, hidden]`, perhaps the embedding itself, perhaps of `kernels.host.prepare`, or a group.
@@ -136,7 +137,10 @@ class Decoder:
     def begin(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """What the first block is given, `[T, hidden]`: the embeddings, normed and as they are."""
         shape = self.shape
-        stream = embedding(batch.ids, self.embed)
+        if isinstance(self.head, HostGroup) and not len(self.embed):
+            stream = take_rows(self.head.firsts[0].panels, batch.ids)
+        else:
+            stream = embedding(batch.ids, self.embed)
         if shape.embed_scale != 1:
             stream = stream * float(torch.tensor(shape.embed_scale, dtype=stream.dtype))  # on the host: nothing waits
         return rms_norm(stream, self.blocks[0].norm_in, shape.eps, shape.offset), stream

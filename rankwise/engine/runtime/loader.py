@@ -48,7 +48,15 @@ def convert(model: Any, most_positions: int) -> Decoder:
         blocks.append(_block(layer, angles.get(kind, angles[""]), _window(config, kind)))
         _empty(layer)
     embed, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
-    return Decoder(_shape(config), embed, tuple(blocks), inner.norm.weight.data, _head(head))
+    laid = _head(head)
+    shared = isinstance(laid, HostGroup) and embed.data_ptr() == head.data_ptr()
+    embed = embed.new_empty(0, embed.shape[1]) if shared else _own(embed)
+    return Decoder(_shape(config), embed, tuple(blocks), _own(inner.norm.weight.data), laid)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """On a CPU a copy: a view into the checkpoint's file would keep all of it in memory."""
+    return tensor if tensor.is_cuda else tensor.clone()
 
 
 def _activation(config: Any) -> str:
@@ -81,14 +89,14 @@ def _block(layer: Any, rotary: Rotary, window: int | None) -> Block:
         o=packed([attention.o_proj]),
         gate_up=packed([mlp.gate_proj, mlp.up_proj]),
         down=packed([mlp.down_proj]),
-        norm_in=layer.input_layernorm.weight.data,
-        norm_mlp=(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm).weight.data,
+        norm_in=_own(layer.input_layernorm.weight.data),
+        norm_mlp=_own((layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm).weight.data),
         rotary=rotary,
         window=window,
-        norm_q=None if q_norm is None else q_norm.weight.data,
-        norm_k=None if k_norm is None else k_norm.weight.data,
-        norm_attention=layer.post_attention_layernorm.weight.data if gemma else None,
-        norm_out=layer.post_feedforward_layernorm.weight.data if gemma else None,
+        norm_q=None if q_norm is None else _own(q_norm.weight.data),
+        norm_k=None if k_norm is None else _own(k_norm.weight.data),
+        norm_attention=_own(layer.post_attention_layernorm.weight.data) if gemma else None,
+        norm_out=_own(layer.post_feedforward_layernorm.weight.data) if gemma else None,
     )
 
 

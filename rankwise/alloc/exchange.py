@@ -1,0 +1,60 @@
+"""Tensors of several processes brought together in the main one; nothing to do for a single process."""
+
+import torch
+
+from rankwise.distributed import has_nccl, is_main, losses, meet, world
+
+PIECE = 2**26  # numbers that are summed in one call: bounds the copies that a backend makes
+
+
+def sum_to_main(tensor: torch.Tensor) -> None:
+    """Add the tensors of all processes, in place, in the main process; the others' are of no use afterwards.
+
+    Args:
+        tensor: of one shape and dtype everywhere, contiguous; where `distributed.joined` was told to compute.
+    """
+    if world() == 1:
+        return
+    import torch.distributed as dist
+
+    meet()
+    with losses():
+        for piece in tensor.view(-1).split(PIECE):
+            if piece.is_cuda and not has_nccl():
+                staged = piece.cpu()
+                dist.reduce(staged, 0)
+                piece.copy_(staged)
+            else:
+                dist.reduce(piece, 0)
+
+
+def rows_to_main(rows: list[torch.Tensor], total: int) -> list[torch.Tensor]:
+    """All `total` tensors in the main process, in order; nothing in the others.
+
+    Args:
+        rows: this process's part, see `distributed.own`; in host memory, of one shape and dtype everywhere.
+        total: how many all processes have together.
+    """
+    if world() == 1:
+        return rows
+    import torch.distributed as dist
+
+    meet()
+    with losses():
+        if is_main():
+            return [_received(rows, number) for number in range(total)]
+        for row in rows:
+            dist.send(row.contiguous().view(torch.uint8), 0)
+    return []
+
+
+def _received(rows: list[torch.Tensor], number: int) -> torch.Tensor:
+    """Row `number` of all, in the main process."""
+    at, source = divmod(number, world())
+    if source == 0:
+        return rows[at]
+    import torch.distributed as dist
+
+    row = torch.empty(rows[0].shape, dtype=rows[0].dtype)
+    dist.recv(row.view(torch.uint8), source)
+    return row

@@ -1,0 +1,95 @@
+"""The parts of one of vLLM's layers as what our runtime runs, whole or in the two halves between which ranks add up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
+from rankwise.engine.runtime.mixed import Group, Quantised, group_of, packed_linear, quantised_member
+from rankwise.kernels import Dense, LowRank, Pivot
+from rankwise.kernels.members import Member
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A lowrank or pivot layer split by its inputs: between its factors ranks add up what they have.
+
+    Args:
+        first: V, or the pivots' basis.
+        second: U, or the pivots' coefficients.
+        index: of a pivot layer.
+    """
+
+    first: Group
+    second: Group
+    index: torch.Tensor | None
+
+    def finish(self, z: torch.Tensor) -> torch.Tensor:
+        """From the sum of all ranks' `V x` to the layer's outputs."""
+        y = packed_linear(z, self.second)
+        return y if self.index is None else torch.cat([z, y], dim=-1).index_select(-1, self.index)
+
+
+def whole(modules: Sequence[nn.Linear | CompressedLinear]) -> Group:
+    """Layers that share an input as one group; the modules' tensors are copied, and empty afterwards."""
+    group = group_of([_member(module) for module in modules], [None] * len(modules))
+    for module in modules:
+        _empty(module)
+    return group
+
+
+def halves(module: CompressedLinear) -> Halves:
+    """A layer of two factors as two groups; the module is empty afterwards."""
+    first, second = (group_of([_factor(module, name)], [None]) for name in module.matrices)
+    index = module.pivot_index.data.clone() if isinstance(module, PivotLinear) else None
+    _empty(module)
+    return Halves(first, second, index)
+
+
+def _factor(module: CompressedLinear, name: str) -> Member | Quantised:
+    if module.precision.quantised:
+        return quantised_member(module, [name], None)
+    return Dense(module.get_parameter(name).data)
+
+
+def _member(module: nn.Linear | CompressedLinear) -> Member | Quantised:
+    if isinstance(module, nn.Linear):
+        return Dense(module.weight.data)
+    index = module.pivot_index.data if isinstance(module, PivotLinear) else None
+    if module.precision.quantised:
+        member = quantised_member(module, list(module.matrices), index)
+        return own_pivots(member) if isinstance(member, Pivot) else member
+    if isinstance(module, LowRankLinear):
+        return LowRank(module.lowrank_v.data, module.lowrank_u.data)
+    assert isinstance(module, PivotLinear)
+    return own_pivots(Pivot(module.pivot_index.data, module.pivot_basis.data, module.pivot_coeff.data))
+
+
+def own_pivots(share: Pivot) -> Pivot | Dense:
+    """A rank's share of a pivot layer, in which most pivots may be other ranks' outputs, as a pivot layer of its own.
+
+    The pivots that are outputs here come first among the components, in the order of the outputs. A share that is
+    pivots alone is a dense layer.
+    """
+    rank, index = len(share.basis), share.index.long()
+    if len(index) == rank + len(share.coeff):
+        return share
+    mine = index[index < rank]
+    if len(mine) == len(index):
+        return Dense(share.basis[mine])
+    others = torch.ones(rank, dtype=torch.bool, device=index.device)
+    others[mine] = False
+    order = torch.cat([mine, others.nonzero()[:, 0]])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(rank, device=order.device)
+    combined = index >= rank
+    new = torch.where(combined, index - rank + len(mine), place[index.clamp(max=rank - 1)])
+    coeff = share.coeff[: int(combined.sum()), order]
+    return Pivot(new.to(torch.int32), share.basis[order], coeff)
+
+
+def _empty(module: nn.Module) -> None:
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data = tensor.data.new_empty(0)

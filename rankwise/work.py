@@ -1,0 +1,79 @@
+"""One job's parts, and the stages of it that several processes share: curvature and factors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.alloc.curvature import Curvature, collect
+from rankwise.alloc.store import FactorStore
+from rankwise.config import CompressConfig
+from rankwise.distributed import from_main, is_main, world
+from rankwise.pipeline import measure_factors
+from rankwise.plan import RankPlan
+from rankwise.progress import Track
+from rankwise.scores import FACTORS
+from rankwise.weights import needs_factors
+from rankwise.zoo import resolve_device
+
+
+@dataclass
+class Work:
+    """One job's parts, handed from stage to stage.
+
+    Args:
+        config: the command.
+        model: dense at first.
+        tokenizer: of the model.
+        windows: from `windows.cut_windows`.
+        folder: unfinished work lies here.
+        track: progress.
+    """
+
+    config: CompressConfig
+    model: Any
+    tokenizer: Any
+    windows: dict[str, torch.Tensor]
+    folder: Path
+    track: Track
+
+
+def measure_curvature(work: Work) -> Curvature:
+    """Second moments alone, for rounding."""
+    config, windows = work.config, work.windows
+    folder, device = config.curvature or work.folder / "curvature", resolve_device(config.device)
+    gradients = windows["gradients"] if config.method.two_sided else None
+    return collect(
+        work.model, windows["inputs"], gradients, folder, device=device, seed=config.text.seed, track=work.track
+    )
+
+
+def measure(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:
+    """Curvature and factors; output gradients also where only the refit asks for them."""
+    config = work.config
+    moments = config.curvature or work.folder / "curvature"
+    gradients = work.windows["gradients"] if config.method.two_sided or config.refits else None
+    where = moments, folder, config.device, config.text.seed, work.track
+    return measure_factors(work.model, work.windows["inputs"], gradients, config.method, *where)
+
+
+def share(work: Work, given: RankPlan | None) -> None:
+    """What several processes do together, onto the disk, where the main one then finds it; nothing for a single one.
+
+    Args:
+        work: the job; all but the main process let go of its model.
+        given: the plan that it is to carry out, or None.
+    """
+    if world() == 1:
+        return
+    config = work.config
+    if not from_main(config.out.exists) and not config.scores:  # else nothing is left to measure
+        if config.score_only:
+            measure(work, work.folder / "scores" / FACTORS)
+        elif needs_factors(config, given):
+            measure(work, work.folder / FACTORS)
+        elif config.feeds_back:
+            measure_curvature(work)
+    if not is_main():
+        work.model = None
