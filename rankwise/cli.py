@@ -112,6 +112,8 @@ def compress(
         decided = {"method": method, "set": options, "kinds": kinds, "sides": sides, "keep": keep}
         for name, value in decided.items():
             check(name, value, value is None, "left out: with --from, the scores' own method plans")
+    if kinds is None and precision is not None and precision.quantised:
+        kinds = "dense,lowrank"  # coefficients of pivot layers round badly
     shared = {"kinds": kinds, "rank_multiple": rank_multiple, "tolerance": tolerance, "sides": sides}
     made = make_method(method or "rankwise", 0.8 if ratio is None else ratio, shared | {"keep": keep}, options or [])
     text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed, learn, learn_samples)

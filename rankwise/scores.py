@@ -22,6 +22,7 @@ from rankwise.storage import Precision
 
 FORMAT = 1
 INDEX, CHOICES, FACTORS = "scores.json", "choices.safetensors", "factors"
+ROUNDED = ("dense", "lowrank")  # kinds that are planned for 4 bits: coefficients of pivot layers round badly
 
 
 @dataclass
@@ -71,7 +72,9 @@ class Scores:
         if self.learnt is not None and multiple % block:
             found = f"{precision}, and scores that were learnt with rank multiple {multiple}"
             raise RankwiseError("weights", found, f"allowed: scores made with --rank-multiple {block}")
-        plan = self.allocate(ratio, weights, rank_multiple=options["rank_multiple"])
+        if precision and precision.quantised and self.learnt is None and len(options["kinds"]) > len(ROUNDED):
+            options["kinds"] = list(ROUNDED)
+        plan = self.allocate(ratio, weights, rank_multiple=options["rank_multiple"], kinds=tuple(options["kinds"]))
         return plan if precision is None else plan.stored_as(precision), options
 
 

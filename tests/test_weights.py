@@ -54,7 +54,7 @@ def test_options_make_a_precision() -> None:
 def test_a_model_that_is_only_rounded_is_not_measured(
     config: Callable[..., CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankwise.compression.measure_factors", pytest.fail)
+    monkeypatch.setattr("rankwise.work.measure_factors", pytest.fail)
     asked = config("a", rankwise.Rankwise(1.0), precision=Precision("nf4"), rounding="nearest")
     plan = compress_to_folder(asked)
     assert {(spec.kind, spec.weights) for _, spec in plan} == {("dense", "nf4")}
@@ -74,7 +74,7 @@ def test_a_model_that_is_only_rounded_is_not_measured(
 def test_rounding_by_the_curvature_needs_no_factors(
     config: Callable[..., CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankwise.compression.measure_factors", pytest.fail)
+    monkeypatch.setattr("rankwise.work.measure_factors", pytest.fail)
     found = {}
     for rounding in ("feedback", "nearest"):
         asked = config(rounding, rankwise.Rankwise(1.0), precision=Precision("int4", 128), rounding=rounding)

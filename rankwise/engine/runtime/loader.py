@@ -47,11 +47,17 @@ def convert(model: Any, most_positions: int) -> Decoder:
         kind = getattr(layer.self_attn, "layer_type", None) or _layer_type(config, index)
         blocks.append(_block(layer, angles.get(kind, angles[""]), _window(config, kind)))
         _empty(layer)
-    embed, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
-    laid = _head(head)
-    shared = isinstance(laid, HostGroup) and embed.data_ptr() == head.data_ptr()
-    embed = embed.new_empty(0, embed.shape[1]) if shared else _own(embed)
-    return Decoder(_shape(config), embed, tuple(blocks), _own(inner.norm.weight.data), laid)
+    embed, head = _ends(model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data)
+    return Decoder(_shape(config), embed, tuple(blocks), _own(inner.norm.weight.data), head)
+
+
+def _ends(embed: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | HostGroup]:
+    """The decoder's embedding and head; what was one tensor stays one where the arithmetic allows it."""
+    tied, layers = embed.data_ptr() == head.data_ptr(), [Layer(head, None, None, None, len(head))]
+    if suits(layers, head.dtype):
+        return embed.new_empty(0, embed.shape[1]) if tied else _own(embed), host_group(layers)
+    embed = _own(embed)
+    return embed, prepare(embed if tied else _own(head))
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,11 +114,6 @@ def packed(modules: Sequence[nn.Module]) -> Group:
         return host_group(layers)
     biases = [module.bias.data if isinstance(module.bias, torch.Tensor) else None for module in modules]
     return group_of([_member(module) for module in modules], biases)
-
-
-def _head(weight: torch.Tensor) -> torch.Tensor | HostGroup:
-    layers = [Layer(weight, None, None, None, len(weight))]
-    return host_group(layers) if suits(layers, weight.dtype) else prepare(weight)
 
 
 def _member(module: nn.Module) -> Member | Quantised:

@@ -1,0 +1,26 @@
+"""The figure of bytes against perplexity, from rows as the bench writes them."""
+
+import pytest
+
+from bench.tradeoff_plot import CURVES, ROWS, draw
+
+
+def row(name: str, share: float | None, value: float, rounding: str = "feedback") -> dict[str, object]:
+    found: dict[str, object] = {"name": name, "rounding": rounding, "perplexity": {"wikitext2": value, "c4": 2 * value}}
+    return found | ({} if share is None else {"share": share})
+
+
+def test_every_way_to_spend_bytes_is_drawn() -> None:
+    rows = [row("dense", None, 20.0, ""), row("nf4, nearest", 0.28, 30.0, "nearest"), row("nf4", 0.28, 25.0)]
+    rows += [row(name, share, 10 / share) for name in CURVES for share in (0.3, 0.5)]
+    first, second = draw(rows).axes
+    labels = {line.get_label() for line in first.lines}
+    assert labels == {*CURVES, "nf4, nearest", "nf4, fed back", "dense, bf16"}
+    together = next(line for line in second.lines if line.get_label() == CURVES[0])
+    assert list(together.get_xdata()) == [0.3, 0.5]
+    assert list(together.get_ydata()) == pytest.approx([2 * 10 / 0.3, 2 * 10 / 0.5])
+
+
+def test_the_committed_rows_can_be_drawn() -> None:
+    assert ROWS.is_file()
+    assert "chosen together" in ROWS.read_text(encoding="utf-8")
