@@ -58,6 +58,7 @@ class Method:
     spends_bytes: ClassVar[bool] = False  # True if it can choose precisions too, under a budget of bytes
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))  # JSON has lists
         check_fraction("ratio", self.ratio)
         check_fraction("tolerance", self.tolerance)
         check_count("rank_multiple", self.rank_multiple, 1)
