@@ -82,6 +82,11 @@ def features(linear: nn.Module) -> tuple[int, int]:
     return int(out_features), int(in_features)
 
 
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer of the decoder blocks, in model order."""
+    return {name: features(linear) for block in block_linears(model) for name, linear in block.items()}
+
+
 def require_finite(linears: list[dict[str, nn.Module]]) -> None:
     """Raise a RankwiseError that names the first weight that holds NaN or Inf."""
     for block in linears:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.errors import RankwiseError
 from rankwise.plan import RankPlan
-from rankwise.storage import INT4_GROUPS, WEIGHTS, Precision
+from rankwise.storage import FLOATS, INT4_GROUPS, ITEM_BYTES, WEIGHTS, Precision
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 SIZES = "a number of bytes, e.g. 5GB (5e9), 4.5GiB, 300MB"
@@ -96,13 +96,13 @@ def make_budget(
     return ByteBudget(None if size is None else parse_size(size), bits, tuple(found), weights == "auto")
 
 
-def checkpoint_bytes(plan: RankPlan, others: Mapping[str, Any], itemsize: int) -> int:
+def checkpoint_bytes(plan: RankPlan, others: Mapping[str, Any], dtype: str) -> int:
     """Bytes of the weight files that a plan leads to, from above by a few in a thousandth.
 
     Args:
         plan: kinds, ranks and precisions.
         others: name to tensor of everything in the model that is no weight of a linear layer.
-        itemsize: bytes of a number of the model's dtype.
+        dtype: the model's own.
     """
     names: list[str] = list(others)
     total = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in others.values()}.values())
@@ -111,6 +111,6 @@ def checkpoint_bytes(plan: RankPlan, others: Mapping[str, Any], itemsize: int) -
         total += spec.bytes
         if spec.compressed:  # the guard, see docs/checkpoint.md
             names.append(f"{name}.weight")
-            total += itemsize
+            total += ITEM_BYTES[FLOATS[dtype]]
     entry = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 10 + 2 * len(str(total))
     return total + sum(len(name) + entry for name in names) + FILE * (1 + total // 10**9)

@@ -13,7 +13,7 @@ from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
 from rankwise.alloc.teacher import Teacher
-from rankwise.anatomy import block_linears, features
+from rankwise.anatomy import linear_shapes
 from rankwise.config import CompressConfig
 from rankwise.distributed import from_main, is_main
 from rankwise.engine.checkpoint import PLAN, save
@@ -71,7 +71,7 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
 
 def _check_model(config: CompressConfig, given: RankPlan | None, model: Any) -> None:
     """The plan fits the model, or the budget is within reach: known before work begins."""
-    shapes = _shapes(model)
+    shapes = linear_shapes(model)
     if config.precision is not None:
         rounded = {name: shape for name, shape in shapes.items() if not config.method.pins(name)}
         require_fit(config.precision, rounded, model_dtype(model))
@@ -81,10 +81,6 @@ def _check_model(config: CompressConfig, given: RankPlan | None, model: Any) -> 
         check_plan(given, shapes)
     elif config.scores is None:
         config.method.check_budget(shapes)
-
-
-def _shapes(model: Any) -> dict[str, tuple[int, int]]:
-    return {name: features(linear) for block in block_linears(model) for name, linear in block.items()}
 
 
 def _compress(work: Work, given: RankPlan | None) -> RankPlan:
@@ -118,7 +114,7 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
     """A plan, its factors (refitted if that is asked for; none where no layer is factored), and the curvature."""
     config, precision, weights = work.config, work.config.precision, model_dtype(work.model)
     if not needs_factors(config, given):
-        plan = rounding_plan(given, precision, _shapes(work.model), weights, config.method.pins)
+        plan = rounding_plan(given, precision, linear_shapes(work.model), weights, config.method.pins)
         curvature = measure_curvature(work) if config.feeds_back else None
         identity = {"measured": False} if curvature is None else curvature.identity
         plan.provenance = provenance(config, identity, weights)

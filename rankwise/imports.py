@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankwise.anatomy import block_linears, features
+from rankwise.anatomy import linear_shapes
 from rankwise.bnb import METHOD, check_quantization, companions, quantised_names, read_nf4
 from rankwise.config import check
 from rankwise.engine.card import write_card
@@ -130,7 +130,7 @@ def plan_of(source: Source, name: str, track: Track = silent) -> RankPlan:
         RankwiseError: other layers are in 4 bits too, a tensor is missing or damaged, or does not fit the model.
     """
     model = _skeleton(source, name)
-    linears = {layer: features(linear) for block in block_linears(model) for layer, linear in block.items()}
+    linears = linear_shapes(model)
     for matrix in sorted(source.matrices):
         if matrix.removesuffix(".weight") not in linears:
             allowed = "allowed in 4 bits: linear layers of decoder blocks; save it with llm_int8_skip_modules"

@@ -6,6 +6,8 @@ import torch
 
 from rankwise.errors import RankwiseError
 from rankwise.kernels import quantize_int4, quantize_nf4
+from rankwise.kernels.int4 import Int4
+from rankwise.kernels.nf4 import NF4
 from rankwise.layerspec import LayerSpec
 
 # From a layer's name, its matrices by name (and `pivot_index` of a pivot layer) and its spec, to the tensors that are
@@ -30,10 +32,16 @@ def quantize(matrix: torch.Tensor, spec: LayerSpec) -> dict[str, torch.Tensor]:
     if not torch.isfinite(matrix).all():
         raise RankwiseError("matrix", "NaN or Inf", "finite numbers are needed")
     if spec.weights == "nf4":
-        rounded = quantize_nf4(matrix)
-        return {"_nf4": rounded.codes, "_absmax": rounded.absmax}
-    codes, scale, zero = quantize_int4(matrix, spec.precision.block, not spec.asymmetric)
-    return {"_int4": codes, "_scale": scale, **({} if zero is None else {"_zero": zero})}
+        return stored_tensors(quantize_nf4(matrix))
+    return stored_tensors(quantize_int4(matrix, spec.precision.block, not spec.asymmetric))
+
+
+def stored_tensors(matrix: Int4 | NF4) -> dict[str, torch.Tensor]:
+    """What is stored of a rounded matrix, by suffix, as `storage.Precision.tensors` lists it."""
+    if isinstance(matrix, NF4):
+        return {"_nf4": matrix.codes, "_absmax": matrix.absmax}
+    zero = {} if matrix.zero is None else {"_zero": matrix.zero}
+    return {"_int4": matrix.codes, "_scale": matrix.scale, **zero}
 
 
 def nearest(name: str, matrices: dict[str, torch.Tensor], spec: LayerSpec) -> dict[str, torch.Tensor]:

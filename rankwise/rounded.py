@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from rankwise.alloc.curvature import Curvature
-from rankwise.alloc.joint import joint_plan, require_bytes
+from rankwise.alloc.joint import joint_choices, plan_within, require_bytes
 from rankwise.alloc.precisions import measure_rounding
 from rankwise.alloc.rounder import Rounder
 from rankwise.alloc.store import FactorStore
-from rankwise.anatomy import block_linears, features, weight_of
+from rankwise.anatomy import block_linears, linear_shapes, weight_of
 from rankwise.budgets import ByteBudget, checkpoint_bytes
 from rankwise.config import CompressConfig
 from rankwise.errors import RankwiseError
@@ -41,14 +41,14 @@ def plan_bytes(
     precisions = budget.for_model(dtype)
     kinds, device = method.kinds, resolve_device(config.device)
     table = measure_rounding(model, curvature, store, precisions, kinds, folder, device=device, track=track)
+    choices = joint_choices(method, store, table, precisions, dtype)
     others, target = others_of(model), linear_target(config, model)
-    itemsize = next(iter(others.values())).element_size() if others else 2
     best: RankPlan | None = None
     for _ in range(TRIES):
-        plan = joint_plan(method, store, table, precisions, target, dtype)
+        plan = plan_within(method, store, choices, target)
         if budget.size is None:
             return plan
-        left = budget.size - checkpoint_bytes(plan, others, itemsize)
+        left = budget.size - checkpoint_bytes(plan, others, dtype)
         if left >= 0 and (best is None or plan.bytes > best.bytes):
             best = plan
         if 0 <= left <= method.tolerance * budget.size / 2:
@@ -61,7 +61,7 @@ def plan_bytes(
 
 def require_budget(config: CompressConfig, model: Any) -> None:
     """Raise a RankwiseError if the byte budget is below the smallest plan: known before work begins."""
-    shapes = {name: features(linear) for block in block_linears(model) for name, linear in block.items()}
+    shapes = linear_shapes(model)
     budget, dtype, target = _budget(config), model_dtype(model), linear_target(config, model)
     config.method.check_keep(shapes)
     try:
@@ -77,16 +77,12 @@ def require_budget(config: CompressConfig, model: Any) -> None:
 
 def linear_target(config: CompressConfig, model: Any) -> int:
     """Bytes that are left for the linear layers, if all of them stay dense in the model's dtype."""
-    budget, linears = _budget(config), _linears(model)
-    total = sum(weight.numel() for weight in linears.values())
+    budget, shapes, dtype = _budget(config), linear_shapes(model), model_dtype(model)
     if budget.bits is not None:
-        return int(budget.bits * total / 8)
+        return int(budget.bits * sum(m * n for m, n in shapes.values()) / 8)
     assert budget.size is not None
-    others = others_of(model)
-    dtype, itemsize = model_dtype(model), next(iter(linears.values())).element_size()
-    shapes = {name: (len(w), w.shape[1]) for name, w in linears.items()}
     plain = RankPlan({name: LayerSpec("dense", m, n, min(m, n), dtype) for name, (m, n) in shapes.items()})
-    return max(0, budget.size - (checkpoint_bytes(plain, others, itemsize) - plain.bytes))
+    return max(0, budget.size - (checkpoint_bytes(plain, others_of(model), dtype) - plain.bytes))
 
 
 def others_of(model: Any) -> dict[str, torch.Tensor]:
@@ -113,7 +109,3 @@ def make_rounding(config: CompressConfig, model: Any, curvature: Curvature, fold
 def _budget(config: CompressConfig) -> ByteBudget:
     assert config.budget is not None
     return config.budget
-
-
-def _linears(model: Any) -> dict[str, torch.Tensor]:
-    return {name: weight_of(linear) for block in block_linears(model) for name, linear in block.items()}

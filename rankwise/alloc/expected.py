@@ -49,10 +49,7 @@ def expected_lowrank(
     across = triangle(u.T @ (u if outputs is None else outputs[0] @ u))
     down = triangle(v @ inputs[0] @ v.T)
     rows = None if outputs is None else outputs[1]
-    return [
-        _matrix(v, grid, inputs[1], across) + _matrix(u, grid, down, rows) if fits(u, grid) else float("inf")
-        for grid in grids
-    ]
+    return _factored(grids, (v, inputs[1], across), (u, down, rows))
 
 
 def expected_pivot(
@@ -71,17 +68,24 @@ def expected_pivot(
     across = triangle(rows.T @ (rows if f is None else f @ rows))
     down = triangle(basis @ inputs[0] @ basis.T)
     others = None if f is None else triangle(f[rank:, rank:])
-    return [
-        _matrix(basis, grid, inputs[1], across) + _matrix(coeff, grid, down, others)
-        if fits(coeff, grid)
-        else float("inf")
-        for grid in grids
-    ]
+    return _factored(grids, (basis, inputs[1], across), (coeff, down, others))
 
 
 def fits(matrix: torch.Tensor, grid: Grid) -> bool:
     """Whether whole groups make up a matrix's columns."""
     return matrix.shape[1] % grid.group == 0
+
+
+Measured = tuple[torch.Tensor, Triangle, Triangle | None]  # a matrix, and what errors of its columns and rows cost
+
+
+def _factored(grids: Sequence[Grid], first: Measured, second: Measured) -> list[float]:
+    """Loss of two factors in each of the formats; inf where groups do not divide the rank."""
+
+    def loss(grid: Grid) -> float:
+        return sum(_matrix(matrix, grid, columns, rows) for matrix, columns, rows in (first, second))
+
+    return [loss(grid) if fits(second[0], grid) else float("inf") for grid in grids]
 
 
 def _matrix(matrix: torch.Tensor, grid: Grid, columns: Triangle, rows: Triangle | None) -> float:

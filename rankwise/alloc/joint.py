@@ -74,14 +74,33 @@ def joint_plan(
     Raises:
         RankwiseError: the budget is below the smallest plan (the message says how large that is), or one-sided spectra.
     """
+    choices = joint_choices(method, scores, table, precisions, dtype, trust)
+    return plan_within(method, scores, choices, budget)
+
+
+def joint_choices(
+    method: Method,
+    scores: Scores,
+    table: RoundingTable,
+    precisions: Sequence[Precision],
+    dtype: str,
+    trust: Trust | None = None,
+) -> dict[str, StoredChoices]:
+    """What every layer may become, whatever the budget; arguments and errors are those of `joint_plan`."""
     if not method.two_sided:
         raise RankwiseError("sides", method.sides, "allowed with a budget of bytes: two (losses in nats are needed)")
-    require_bytes(method, scores.shapes, precisions, budget, dtype)
+    smallest_bytes(method, scores.shapes, precisions, dtype)  # every layer may become something
     trust = trust or Trust()
-    choices = {
+    return {
         name: stored_choices(method, name, scores, table, _allowed(method, name, precisions, dtype), trust)
         for name in scores.shapes
     }
+
+
+def plan_within(method: Method, scores: Scores, choices: dict[str, StoredChoices], budget: int) -> RankPlan:
+    """The plan of least loss among these choices whose layers take at most `budget` bytes; see `joint_plan`."""
+    lowest = sum(int(entry.cost[0]) for entry in choices.values())
+    _require_at_least(lowest, budget, scores.shapes)
     highest = sum(int(entry.cost[-1]) for entry in choices.values())
     if budget >= highest:
         picked = {name: len(entry.kind) - 1 for name, entry in choices.items()}
@@ -96,6 +115,13 @@ def require_bytes(
     method: Method, shapes: dict[str, tuple[int, int]], precisions: Sequence[Precision], budget: int, dtype: str
 ) -> None:
     """Raise a RankwiseError if no plan is as small as `budget` bytes; arguments are those of `joint_plan`."""
+    _require_at_least(smallest_bytes(method, shapes, precisions, dtype), budget, shapes)
+
+
+def smallest_bytes(
+    method: Method, shapes: dict[str, tuple[int, int]], precisions: Sequence[Precision], dtype: str
+) -> int:
+    """Bytes of the smallest plan; raises a RankwiseError if some layer may become nothing at all."""
     lowest = 0
     for name, (m, n) in shapes.items():
         allowed = _allowed(method, name, precisions, dtype)
@@ -105,6 +131,10 @@ def require_bytes(
                 "weights", f"nothing that {name} can be", "more precisions, or the kind dense, are needed"
             )
         lowest += int(min(costs))
+    return lowest
+
+
+def _require_at_least(lowest: int, budget: int, shapes: dict[str, tuple[int, int]]) -> None:
     if budget < lowest:
         total = sum(m * n for m, n in shapes.values())
         found = f"{budget} bytes for the linear layers, {8 * budget / total:.3g} bits for each of their numbers"

@@ -11,11 +11,11 @@ import torch
 
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.rounding import Rounded, round_dense, round_lowrank, round_pivot
-from rankwise.alloc.scales import Grid, Quantized
+from rankwise.alloc.scales import Grid
 from rankwise.errors import RankwiseError
 from rankwise.files import read_tensors, write_tensors
-from rankwise.kernels.int4 import Int4
 from rankwise.layerspec import LayerSpec
+from rankwise.quantize import stored_tensors
 from rankwise.storage import Precision
 
 Tensors = dict[str, torch.Tensor]
@@ -63,7 +63,9 @@ class Rounder:
             raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
         stored: Tensors = {}
         for part in spec.matrices:
-            stored |= {part + end: t.cpu().contiguous() for end, t in _tensors(rounded.tensors[PARTS[part]]).items()}
+            stored |= {
+                part + end: t.cpu().contiguous() for end, t in stored_tensors(rounded.tensors[PARTS[part]]).items()
+            }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, stored, {})
         return stored
@@ -101,14 +103,6 @@ class Rounder:
 def grid_of(precision: Precision) -> Grid:
     """A 4-bit precision as the rounding has it."""
     return Grid(precision.weights, precision.block, not precision.asymmetric)
-
-
-def _tensors(matrix: Quantized) -> Tensors:
-    """What is stored of a matrix, by suffix, as `storage.Precision.tensors` lists them."""
-    if isinstance(matrix, Int4):
-        zero = {} if matrix.zero is None else {"_zero": matrix.zero}
-        return {"_int4": matrix.codes, "_scale": matrix.scale, **zero}
-    return {"_nf4": matrix.codes, "_absmax": matrix.absmax}
 
 
 def _product(parts: Tensors) -> torch.Tensor:
