@@ -82,13 +82,15 @@ def inspect(folder: Path, verify: bool, as_json: bool) -> None:
     rows = [console.plan_row(name, plan) for name in plan.layers]
     if as_json:
         facts: Row = {"ratio": plan.ratio, "bits": plan.bits, "bytes": size, "planned_bytes": plan.total_bytes}
-        facts["verified_files"] = hashed
+        facts |= {"embeddings": plan.embeddings, "verified_files": hashed}
         console.print_json({**facts, "layers": rows, "provenance": plan.provenance})
         return
     console.plan_table(plan, str(folder))
     planned = f", plan says {plan.total_bytes / 1e6:.1f} MB" if plan.other_bytes else ""
     kept = f"{plan.ratio:.2%} of the listed layers kept, in {plan.bits:.2f} bits for each number that was there"
     console.show(f"{kept}; {size / 1e6:.1f} MB on disk{planned}")
+    for name, weights in plan.embeddings.items():
+        console.show(f"{name}: {weights}")
     if hashed is not None:
         console.show(f"verified: {hashed} files have the SHA-256 that SHA256SUMS lists; tensors and plan agree")
 
@@ -144,35 +146,6 @@ def generate(
     if as_json:
         completion = tokenizer.decode(new, skip_special_tokens=True)
         console.print_json({"prompt": prompt, "completion": completion, "tokens": len(new)})
-
-
-def report(
-    folder: Path,
-    out: Path,
-    against: str | None,
-    text: str,
-    windows: int,
-    seq_len: int,
-    with_speed: bool,
-    device: str,
-    dtype: str,
-    as_json: bool,
-) -> None:
-    """`rankwise report`."""
-    from rankwise.report import write_report
-
-    check("out", str(out), not out.exists(), "a folder that does not exist yet")
-    plan, _ = open_checkpoint(folder)
-    original = against or plan.provenance.get("model")
-    models = [*([original] if original else []), str(folder)]
-    rows = quality(models, text, windows, seq_len, device, dtype)
-    if with_speed:
-        rows = add_speed(rows, speed.BenchConfig(device=device, dtype=dtype))
-    page = write_report(plan, rows, out, title=folder.name)
-    console.model_table(rows, rows[0]["text"])
-    console.show(f"report: {page}")
-    if as_json:
-        console.print_json({"report": str(page), "rows": rows})
 
 
 def demo(out: Path, ratio: float, as_json: bool) -> None:

@@ -1,101 +1,22 @@
+"""The page: what stands in it, what it loads, what is refused."""
+
 import base64
 import io
 import os
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from reports import DENSE, EVIL, TEXT, make_plan, make_rows, read
 
 import rankwise
 from rankwise.errors import RankwiseError
 from rankwise.figures import DARK, LIGHT
 from rankwise.plan import LayerSpec, RankPlan
-from rankwise.report import bar_pictures, map_pictures, sections, share, write_report
-
-VOID = {"meta", "link", "img", "source", "br", "hr"}
-EVIL = "<script>alert(1)</script>"
-TEXT = "WikiText-2 test, 16 windows of 1024 tokens, bf16"
-DENSE = {
-    "name": "base",
-    "ratio": 1.0,
-    "weight_bytes": 269_060_552,
-    "perplexity": 22.88,
-    "text": TEXT,
-    "prefill_ms_p50": 812.41,
-    "prefill_ms_p95": 861.0,
-    "decode_ms_p50": 38.2,
-    "decode_ms_p95": 44.9,
-    "tokens_per_s": 26.2,
-    "peak_bytes": 912_000_000,
-    "device": "CPU, 2 threads",
-    "batch": 1,
-    "prompt": 128,
-    "versions": {"torch": "2.9"},
-}
-
-
-class Page(HTMLParser):
-    """Tags, attributes, text and tables of a page; unbalanced tags fail."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.styles: list[str] = []
-        self.open: list[str] = []
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            self.styles.append(data)
-        elif data.strip():
-            self.text.append(data.strip())
-            if {"td", "th"} & set(self.open):
-                row = self.tables[-1][-1]
-                row[-1] = f"{row[-1]} {data.strip()}".strip()
-
-    def attributes(self, name: str) -> list[str]:
-        return [value for _, attributes in self.tags if (value := attributes.get(name))]
-
-
-def make_plan(**changes: Any) -> RankPlan:
-    layers = {
-        "model.layers.0.self_attn.q_proj": LayerSpec("pivot", 64, 64, 32, energy=0.9, loss=1.5e-3),
-        "model.layers.0.mlp.up_proj": LayerSpec("dense", 128, 64, 64, energy=1.0, loss=0.0),
-        "model.layers.1.self_attn.q_proj": LayerSpec("lowrank", 64, 64, 16, energy=0.99996, loss=2.5e-4),
-        "model.layers.1.mlp.up_proj": LayerSpec("pivot", 128, 64, 40, energy=0.95, loss=None),
-    }
-    provenance = {"model": "embedded:tiny", "options": {"method": "global", "kinds": ["dense", "pivot"]}, "seed": 0}
-    return RankPlan(**{"layers": layers, "provenance": provenance, **changes})
-
-
-def make_rows(plan: RankPlan) -> list[dict[str, Any]]:
-    changes = {"name": "small", "ratio": plan.ratio, "weight_bytes": 226_460_552, "perplexity": 26.41}
-    return [DENSE, DENSE | changes | {"tokens_per_s": 30.2, "prefill_ms_p50": 731.1, "peak_bytes": 845_000_000}]
-
-
-def read(path: Path) -> Page:
-    return Page(path.read_text(encoding="utf-8"))
+from rankwise.report import write_report
+from rankwise.report.pictures import bar_pictures
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures out, which take most of the time."""
-    monkeypatch.setattr("rankwise.report.map_pictures", lambda plan: [])
-    monkeypatch.setattr("rankwise.report.bar_pictures", lambda rows: [])
+    monkeypatch.setattr("rankwise.report.page.map_pictures", lambda plan: [])
+    monkeypatch.setattr("rankwise.report.page.bar_pictures", lambda rows: [])
+    monkeypatch.setattr("rankwise.report.page.tradeoff_pictures", lambda rows: [])
 
 
 def test_folder_holds_the_page_and_each_figure_twice(folder: Path) -> None:
@@ -216,36 +138,6 @@ def test_one_number_alone_makes_no_figure_and_no_change(tmp_path: Path, bare: No
     assert "%" not in "".join(page.tables[0][2])
 
 
-def test_bars_keep_the_place_of_a_model_that_lacks_the_number() -> None:
-    rows = [{"name": "a", "perplexity": 20.0}, {"name": "b"}, {"name": "c", "perplexity": 30.0}]
-    (picture,) = bar_pictures(rows)
-    assert picture.name == "perplexity"
-    assert picture.alt == "Perplexity; lower is better. a: 20.00, b: not measured, c: 30.00."
-    assert [patch.get_width() for patch in picture.draw(LIGHT).axes[0].patches] == [20.0, 0.0, 30.0]
-
-
-def test_captions_say_where_settings_differ() -> None:
-    rows = [DENSE, DENSE | {"name": "small", "text": None, "device": "NVIDIA H100"}]
-    captions = {picture.name: picture.caption for picture in bar_pictures(rows)}
-    assert captions["perplexity"] == f"Perplexity; lower is better; settings differ: base: {TEXT}; small: not stated."
-    assert "small: NVIDIA H100, prompt of 128 tokens" in captions["prefill"]
-    assert captions["size"] == "Size of the weights; smaller is better."
-    rows = [{"perplexity": 1.0}, {"perplexity": 2.0}]
-    assert bar_pictures(rows)[0].caption == "Perplexity; lower is better; settings not stated."
-
-
-def test_map_pictures_tell_extremes_and_gaps() -> None:
-    plan = make_plan()
-    ranks, energies = map_pictures(plan)
-    assert "2 module types in 2 blocks; modules left dense: 1." in ranks.alt
-    assert "from 50.0% (self_attn.q_proj of block 1) to 75.0% (self_attn.q_proj of block 0)" in ranks.alt
-    assert "to 99.99% (self_attn.q_proj of block 1)" in energies.alt
-    assert "Crossed out: left dense. Dots: lowrank" in ranks.caption
-    layers = dict(list(plan.layers.items())[:3])
-    assert map_pictures(make_plan(layers=layers))[0].caption.endswith("Blank: no value.")
-    assert map_pictures(make_plan(layers={"head": LayerSpec("dense", 8, 8, 8, energy=1.0)})) == []
-
-
 def test_headline_belongs_to_the_row_that_the_plan_made(tmp_path: Path, bare: None) -> None:
     plan = make_plan()
     base, small = make_rows(plan)
@@ -254,6 +146,11 @@ def test_headline_belongs_to_the_row_that_the_plan_made(tmp_path: Path, bare: No
     assert "22.88 → 26.41" in page.text
     page = read(write_report(plan, [base, other, other], tmp_path / "unclear", title="t"))
     assert not any("→" in text for text in page.text)
+    twin = small | {"name": "twin", "perplexity": 88.0}
+    page = read(write_report(plan, [base, twin, small], tmp_path / "told", title="t", made=2))
+    assert "22.88 → 26.41" in page.text
+    with pytest.raises(RankwiseError, match="made: 3"):
+        write_report(plan, [base, twin, small], tmp_path / "beyond", title="t", made=3)
     page = read(write_report(plan, [small], tmp_path / "alone", title="t"))
     assert page.text[page.text.index("Perplexity") + 1] == "26.41"
     page = read(write_report(plan, [], tmp_path / "none", title="t"))
@@ -297,13 +194,29 @@ def test_failure_leaves_no_trace(tmp_path: Path, bare: None, monkeypatch: pytest
     def refuse(*args: object) -> None:
         raise OSError(5, os.strerror(5))
 
-    monkeypatch.setattr("rankwise.report.publish", refuse)
+    monkeypatch.setattr("rankwise.report.page.publish", refuse)
     with pytest.raises(RankwiseError, match="Input/output error"):
         write_report(make_plan(), [], tmp_path / "r", title="t")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RankwiseError, match="folder"):
         write_report(make_plan(), [], tmp_path / "file" / "r", title="t")
+
+
+def test_three_models_have_a_tradeoff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.report.page.map_pictures", lambda plan: [])
+    monkeypatch.setattr("rankwise.report.page.bar_pictures", lambda rows: [])
+    plan = make_plan(provenance={"candidates": [{"of": EVIL, "predicted": 0.5, "measured": None}]})
+    rows = [*make_rows(plan), DENSE | {"name": EVIL, "weight_bytes": 9e7}]
+    page = read(write_report(plan, rows, tmp_path / "r", title="t"))
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {
+        "index.html",
+        "tradeoff-light.png",
+        "tradeoff-dark.png",
+    }
+    assert f"{EVIL}: 90.0 MB, 22.88." in page.attributes("alt")[0]
+    assert page.tables[0][3][0] == EVIL
+    assert page.tables[2] == [[EVIL, "predicted 0.5, measured not known"]]
 
 
 def test_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -343,33 +256,6 @@ def test_numbers_beyond_measure_are_called_so(tmp_path: Path, bare: None) -> Non
     assert cells["Perplexity"] == "not finite"
     assert cells["Size"] == "0.96 GB −94.0%"
     assert not any(picture.name == "perplexity" for picture in bar_pictures(rows))
-
-
-def test_sections_flatten_what_is_nested() -> None:
-    deep: dict[str, Any] = {"end": 1}
-    for _ in range(200):
-        deep = {"x": deep}
-    data = {"a": {"b": {"c": 1.5, "d": []}, "e": [[1], 2]}, "f": None, "g": {}, "h": "text", "i": deep}
-    flat, nested, last = sections(data)
-    assert flat == ("", [("f", "null"), ("g", "{}"), ("h", "text")])
-    assert nested == ("a", [("b.c", "1.5"), ("b.d", "[]"), ("e", "[[1], 2]")])
-    assert len(last[1]) == 1
-    assert '"end": 1' in last[1][0][1]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.8, "80.0%"),
-        (1.0, "100.0%"),
-        (0.99994, "99.99%"),
-        (0.999999, "99.99%"),
-        (0.9994, "99.9%"),
-        (None, "not measured"),
-    ],
-)
-def test_share_never_rounds_a_loss_away(value: float | None, text: str) -> None:
-    assert share(value) == text
 
 
 def test_precision_is_told_where_it_is_4_bits(tmp_path: Path) -> None:
