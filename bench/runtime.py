@@ -8,6 +8,7 @@ bench/results/cpu/runtime.jsonl.
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from rankwise.progress import on_terminal
 from rankwise.provenance import versions
 from rankwise.zoo import EMBEDDED
 
+NAMES = {"rankwise": "runtime", "vllm": "vLLM"}
+PAIRS = (("runtime", "transformers"), ("runtime, compressed", "runtime"), ("runtime, compressed", "transformers"))
 RESULTS = Path(__file__).parent / "results" / "cpu" / "runtime.jsonl"
 
 
@@ -47,10 +50,11 @@ def is_own(contestant: Any) -> bool:
     return bool(contestant.engine == "rankwise")
 
 
-def figures(rows: list[dict[str, Any]], compressed: str | None) -> dict[str, Any]:
+def figures(
+    rows: list[dict[str, Any]], compressed: str | None, pairs: Sequence[tuple[str, str]] = PAIRS
+) -> dict[str, Any]:
     """Tokens a second and ratios within a round, each as p20, p50 and p80."""
     rates = {label(row, compressed): row["tokens_per_s_by_round"] for row in rows}
-    pairs = [("runtime", "transformers"), ("runtime, compressed", "runtime"), ("runtime, compressed", "transformers")]
     ratios = {
         f"{ours} / {peer}": [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
         for ours, peer in pairs
@@ -62,7 +66,7 @@ def figures(rows: list[dict[str, Any]], compressed: str | None) -> dict[str, Any
 
 def label(row: dict[str, Any], compressed: str | None) -> str:
     """A contestant's name in the table."""
-    name = "runtime" if row["engine"] == "rankwise" else row["engine"]
+    name = NAMES.get(row["engine"], row["engine"])
     return f"{name}, compressed" if row["name"] == compressed else name
 
 

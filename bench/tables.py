@@ -101,8 +101,23 @@ def methods() -> str:
 
 
 def runtime() -> str:
-    """Tokens a second: a row a batch size."""
+    """Tokens a second of the runtime and transformers."""
     rows = read("cpu/runtime.jsonl")
+    first = rows[0]
+    where = f"{first['threads']} CPU threads"
+    return f"{speeds(rows)}{shape(first)}, {where}, {versions(first)}.\n"
+
+
+def vllm() -> str:
+    """Tokens a second of vLLM and the runtime."""
+    rows = read("cpu/vllm.jsonl")
+    first = rows[0]
+    where = f"cut from `{first['text']}`, {first['device']}"
+    return f"{speeds(rows)}{shape(first)}, {where}, {versions(first)}.\n"
+
+
+def speeds(rows: list[dict[str, Any]]) -> str:
+    """A row a batch size: tokens a second, and ratios."""
     first = rows[0]
     names, pairs = list(first["tokens_per_second"]), list(first["ratios"])
     body = []
@@ -110,12 +125,35 @@ def runtime() -> str:
         rates = [f"{row['tokens_per_second'][name][1]:.1f}" for name in names]
         ratios = [f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})" for r in (row["ratios"][pair] for pair in pairs)]
         body.append([str(row["batch"]), *rates, *ratios])
-    table = markdown(["requests at once", *names, *pairs], body)
+    return markdown(["requests at once", *names, *pairs], body)
+
+
+def shape(first: dict[str, Any]) -> str:
+    """What was timed, as the beginning of a sentence."""
     kept = f"; compressed: {first['kept']:.0%} of the linear layers' parameters kept" if first["kept"] else ""
     return (
-        f"{table}\nTokens a second, and ratios within a round: median, and p20 to p80 of {first['rounds']} rounds in "
+        f"\nTokens a second, and ratios within a round: median, and p20 to p80 of {first['rounds']} rounds in "
         f"which all take turns. `{first['model']}` in {first['dtype']}{kept}. Prompts of {first['prompt']} tokens, "
-        f"{first['new']} new ones, {first['threads']} CPU threads, {versions(first)}.\n"
+        f"{first['new']} new ones"
+    )
+
+
+def backends() -> str:
+    """Accuracy of one folder in memory and through lm-eval's backends: a row a task and measure."""
+    rows = read("cpu/backends.jsonl")
+    first, ways = rows[0], list(dict.fromkeys(row["way"] for row in rows))
+    body = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        scores = [row["scores"] for row in rows if row["dtype"] == dtype]
+        for task, measures in scores[0].items():
+            for key in (key for key in ("acc", "acc_norm") if key in measures):
+                figures = [f"{score[task][key]:.1%} ± {score[task][f'{key}_stderr']:.1%}" for score in scores]
+                body.append([f"`{task}`", f"`{key}`", dtype, *figures])
+    table = markdown(["task", "measure", "dtype", *ways], body)
+    asked = "All" if first["limit"] is None else f"The first {first['limit']}"
+    return (
+        f"{table}\nAccuracy and its standard error of one folder: `{first['model']}` with {first['kept']:.0%} of the "
+        f"linear layers' parameters kept. {asked} questions of each task. {versions(rows[-1])}.\n"
     )
 
 
@@ -161,7 +199,15 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {"methods": methods, "quality": quality, "runtime": runtime, "tradeoff": tradeoff, "zeroshot": zeroshot}
+TABLES = {
+    "backends": backends,
+    "methods": methods,
+    "quality": quality,
+    "runtime": runtime,
+    "tradeoff": tradeoff,
+    "vllm": vllm,
+    "zeroshot": zeroshot,
+}
 
 if __name__ == "__main__":
     main()

@@ -37,7 +37,7 @@ CONFIGS: dict[str, Any] = {
 FAMILIES = tuple(CONFIGS)
 CONFIGS["phi3"] = lambda: Phi3Config(**COMMON)  # q, k and v are one matrix on disk, gate and up another
 PLAIN = Precision("fp32")
-NF4, INT4 = Precision("nf4"), Precision("int4", 32)
+NF4, INT8, INT4 = Precision("nf4"), Precision("int8"), Precision("int4", 32)
 OTHERS = [Precision("int4", 128, True), Precision("int4", 64)]
 MIXTURES: dict[str, list[tuple[str, Precision]]] = {
     "lowrank": [("lowrank", PLAIN)],
@@ -46,11 +46,11 @@ MIXTURES: dict[str, list[tuple[str, Precision]]] = {
     "int4": [("dense", INT4)],
     "mixed": [
         *[(kind, PLAIN) for kind in ("lowrank", "pivot", "dense")],
-        *[(kind, how) for how in (NF4, INT4, *OTHERS) for kind in ("pivot", "dense", "lowrank")],
+        *[(kind, how) for how in (NF4, INT8, INT4, *OTHERS) for kind in ("pivot", "dense", "lowrank")],
     ],
 }
 LENGTHS = (1, 7, 20, 47)
-RANKS = (40, 72, 24, 100)  # of layers in 16 bits or more: no two of a fused layer alike
+RANKS = (40, 72, 24, 100)  # of layers that are not in 4 bits: no two of a fused layer alike
 
 
 def model_of(family: str) -> Any:
@@ -76,7 +76,7 @@ def compressed(family: str, mixture: str, folder: Path, tokenizer: Any = None) -
         if precision.block >= min(m, n):
             precision = INT4
         rank = {"dense": min(m, n)}.get(kind, 2 * precision.block if precision.block == 32 else precision.block)
-        if not precision.quantised and kind != "dense":
+        if precision.block == 1 and kind != "dense":
             rank = min(RANKS[number % 4], m * n // (m + n))
         plan.layers[name] = LayerSpec(kind, m, n, rank, "fp32").stored_as(precision)
     return rankwise.save(rankwise.compress(model, plan), tokenizer, plan, folder)

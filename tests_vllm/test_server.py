@@ -30,7 +30,9 @@ def client(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
     environment = os.environ | {"RANKWISE_API_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:
         arguments = [*command, "--max-model-len", "512", "--", "--enforce-eager"]
-        process = subprocess.Popen(arguments, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            arguments, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     try:
         until_up(process, f"http://127.0.0.1:{port}/health", log)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=300)
@@ -38,11 +40,11 @@ def client(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
         assert process.wait(60) in (0, -signal.SIGTERM)
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own
 
 
 def until_up(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    end = time.monotonic() + 400
+    end = time.monotonic() + 900
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()[-4000:]
         try:

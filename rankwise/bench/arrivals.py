@@ -1,10 +1,12 @@
 """Requests as they arrive: a seeded Poisson process over a mix of lengths."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rankwise.bench.config import Load
+from rankwise.errors import RankwiseError
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,24 @@ def make_prompts(batch: int, length: int, vocabulary: int, round_: int) -> list[
     """Random prompts of one length, others in every round."""
     random = np.random.default_rng([batch, length, round_ + 1])
     return [_ids(random, length, vocabulary) for _ in range(batch)]
+
+
+def cut_prompts(ids: Sequence[int], batch: int, length: int, round_: int) -> list[list[int]]:
+    """Pieces of a text, one after another; a round goes on where the last one ended, and from the start after the end.
+
+    Args:
+        ids: of the text.
+        batch: how many.
+        length: tokens of each.
+        round_: which, from -1.
+
+    Raises:
+        RankwiseError: the text is too short for pieces that differ.
+    """
+    if len(ids) < batch * length:
+        raise RankwiseError("text", f"{len(ids)} tokens", f"{batch} prompts of {length} need {batch * length}")
+    starts = [((round_ + 1) * batch + at) * length % (len(ids) - length + 1) for at in range(batch)]
+    return [list(ids[start : start + length]) for start in starts]
 
 
 def _ids(random: np.random.Generator, length: int, vocabulary: int) -> list[int]:

@@ -9,7 +9,8 @@ from rankwise.errors import RankwiseError
 from rankwise.zoo import local_folder, resolve_device
 
 ENGINES = ("rankwise", "transformers", "bitsandbytes", "vllm")
-DENSE_ONLY = ("bitsandbytes", "vllm")  # they cannot open a rankwise checkpoint
+SEPARATE = ("bitsandbytes", "vllm")  # packages that rankwise does without
+DENSE_ONLY = ("bitsandbytes",)  # it cannot open a rankwise checkpoint
 
 
 def line_up(models: Sequence[str], engines: Sequence[str], device: str = "auto") -> list[Contestant]:
@@ -47,7 +48,7 @@ def is_compressed(model: str) -> bool:
 def _require(engine: str, device: str) -> None:
     if engine not in ENGINES:
         raise RankwiseError("engine", engine, f"allowed: {', '.join(ENGINES)}")
-    if engine in DENSE_ONLY and find_spec(engine) is None:
+    if engine in SEPARATE and find_spec(engine) is None:
         raise RankwiseError("engine", f"{engine} (not installed)", f"pip install {engine}, or leave it out")
     if engine == "vllm":
         _require_vllm(resolve_device(device).type)

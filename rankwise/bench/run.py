@@ -1,10 +1,10 @@
 """The run: all contestants one after another, round by round, so that a machine that drifts treats all alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.bench.arrivals import make_prompts, make_trace
+from rankwise.bench.arrivals import cut_prompts, make_prompts, make_trace
 from rankwise.bench.config import BenchConfig, Contestant
 from rankwise.bench.memory import bandwidth
 from rankwise.bench.process import Worker
@@ -16,12 +16,19 @@ LOAD = (0, 0)  # the key of what was measured under load, among shapes
 Samples = dict[tuple[int, int], list[list[Round]]]  # per shape and contestant, its rounds
 
 
-def bench(contestants: Sequence[Contestant], config: BenchConfig, *, track: Track = silent) -> dict[str, Any]:
+def bench(
+    contestants: Sequence[Contestant],
+    config: BenchConfig,
+    *,
+    text: Sequence[int] | None = None,
+    track: Track = silent,
+) -> dict[str, Any]:
     """Measure contestants against each other.
 
     Args:
         contestants: from `line_up`; the first is what others are compared with.
         config: what is timed.
+        text: token ids that prompts are cut from; None: random ones, which those under load always are.
         track: progress.
 
     Returns:
@@ -45,7 +52,7 @@ def bench(contestants: Sequence[Contestant], config: BenchConfig, *, track: Trac
                 facts.append(workers[-1].ready())
                 advance()
         vocabulary = min(fact["vocabulary"] for fact in facts)
-        samples, speeds = _measure(workers, config, vocabulary, track)
+        samples, speeds = _measure(workers, config, Prompts(vocabulary, text), track)
     finally:
         for worker in workers:
             worker.stop()
@@ -58,7 +65,26 @@ def bench(contestants: Sequence[Contestant], config: BenchConfig, *, track: Trac
     }
 
 
-def _measure(workers: list[Worker], config: BenchConfig, vocabulary: int, track: Track) -> tuple[Samples, list[float]]:
+@dataclass(frozen=True)
+class Prompts:
+    """Where they come from.
+
+    Args:
+        vocabulary: random ids are below it.
+        text: as in `bench`.
+    """
+
+    vocabulary: int
+    text: Sequence[int] | None
+
+    def __call__(self, batch: int, length: int, round_: int) -> list[list[int]]:
+        """Of a round, the same for all contestants."""
+        if self.text is None:
+            return make_prompts(batch, length, self.vocabulary, round_)
+        return cut_prompts(self.text, batch, length, round_)
+
+
+def _measure(workers: list[Worker], config: BenchConfig, prompts: Prompts, track: Track) -> tuple[Samples, list[float]]:
     keys = [*config.shapes, *([LOAD] if config.load else [])]
     samples: Samples = {key: [[] for _ in workers] for key in keys}
     device, speeds = resolve_device(config.device), []
@@ -66,7 +92,7 @@ def _measure(workers: list[Worker], config: BenchConfig, vocabulary: int, track:
         for round_ in range(-1, config.rounds):  # the first one warms up
             speed = bandwidth(device)
             for key in keys:
-                ask = _question(key, config, vocabulary, round_, speed)
+                ask = _question(key, config, prompts, round_, speed)
                 for place in range(len(workers)):
                     at = (place + round_) % len(workers)  # who begins changes too
                     done = ask(workers[at])
@@ -80,13 +106,13 @@ def _measure(workers: list[Worker], config: BenchConfig, vocabulary: int, track:
 
 
 def _question(
-    key: tuple[int, int], config: BenchConfig, vocabulary: int, round_: int, speed: float
+    key: tuple[int, int], config: BenchConfig, prompts: Prompts, round_: int, speed: float
 ) -> Callable[[Worker], Round]:
     if key == LOAD and config.load:
-        trace = make_trace(config.load, vocabulary, round_)
+        trace = make_trace(config.load, prompts.vocabulary, round_)
         return lambda worker: measured(worker.ask("serve", trace), speed, trace)
-    prompts = make_prompts(*key, vocabulary, round_)
-    return lambda worker: measured(worker.ask("batch", prompts, config.new_tokens), speed)
+    made = prompts(*key, round_)
+    return lambda worker: measured(worker.ask("batch", made, config.new_tokens), speed)
 
 
 def _row(

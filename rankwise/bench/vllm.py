@@ -1,4 +1,4 @@
-"""vLLM, in this process, without prefix caching."""
+"""vLLM, in this process, without prefix caching; folders of ours run there through the plugin."""
 
 import os
 from collections.abc import Hashable
@@ -12,6 +12,8 @@ from rankwise.bench.config import BenchConfig, Contestant
 from rankwise.bench.gate import require_cache
 from rankwise.bench.memory import Footprint, footprint, of_model
 from rankwise.bench.stepped import Stepped
+from rankwise.engine.checkpoint import specs_from_config
+from rankwise.engine.doors.hf import METHOD, replace_layers
 from rankwise.zoo import SHORT_NAMES, TORCH_DTYPES, local_folder, resolve_device
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that its memory is this process's
@@ -89,4 +91,7 @@ def _footprint(config: Any, dtype: torch.dtype) -> Footprint:
     """Of the same model in transformers, none of whose weights is loaded."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") == METHOD:
+        replace_layers(model, specs_from_config(stored, "config.json"))
     return footprint(config, *of_model(model), dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rankwise.bench import BenchConfig, Load, line_up
-from rankwise.bench.arrivals import make_prompts, make_trace
+from rankwise.bench.arrivals import cut_prompts, make_prompts, make_trace
 from rankwise.errors import RankwiseError
 
 
@@ -81,6 +81,18 @@ def test_prompts_are_the_same_for_all_and_others_in_each_round() -> None:
     assert prompts != make_prompts(3, 8, 100, 1)
 
 
+def test_prompts_are_cut_from_a_text_round_after_round() -> None:
+    ids = list(range(100, 150))
+    assert cut_prompts(ids, 2, 8, -1) == [ids[:8], ids[8:16]]
+    assert cut_prompts(ids, 2, 8, 0) == [ids[16:24], ids[24:32]]
+    for round_ in range(20):  # after the end it goes on from the start
+        first, second = cut_prompts(ids, 2, 25, round_)
+        assert first != second
+        assert [len(first), len(second)] == [25, 25]
+    with pytest.raises(RankwiseError, match=r"^text: 50 tokens; 7 prompts of 8 need 56"):
+        cut_prompts(ids, 7, 8, 0)
+
+
 def test_every_engine_runs_every_model_once() -> None:
     found = line_up(["a", "b", "a"], ["rankwise", "transformers", "rankwise"])
     assert [str(contestant) for contestant in found] == [
@@ -111,7 +123,9 @@ def test_engines_for_dense_models_pass_over_compressed_ones(
 
     monkeypatch.setattr(lineup, "find_spec", lambda name: name)
     monkeypatch.setattr(lineup, "is_rankwise", lambda folder: "llama" in str(folder))
+    monkeypatch.setattr(lineup, "_require_vllm", lambda device: None)
     dense, small = str(model_folder("qwen2")), str(model_folder("llama"))
+    assert [c.model for c in line_up([small, dense], ["vllm"])] == [small, dense]
     assert [c.model for c in line_up([small, dense], ["bitsandbytes"])] == [dense]
     with pytest.raises(RankwiseError, match=r"^engine: bitsandbytes \(it opens dense models only\)"):
         line_up([small], ["bitsandbytes"])

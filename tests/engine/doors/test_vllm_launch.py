@@ -49,7 +49,7 @@ def test_what_vllm_is_told(model_folder: Callable[[str], Path], taken_over: list
     with pytest.raises(SystemExit):
         cli.app(["serve", folder, *options, "--", "--enforce-eager", "-tp", "1"], standalone_mode=False)
     [arguments] = taken_over
-    assert arguments[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert arguments[:2] == ["-m", "rankwise.engine.doors.vllm.refusals"]
     told = dict(zip(arguments[2:16:2], arguments[3:17:2], strict=True))
     assert told == {
         "--model": folder,

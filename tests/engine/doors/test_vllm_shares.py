@@ -10,6 +10,7 @@ from rankwise.engine.doors.vllm.shares import Cut, share
 from rankwise.engine.layers import tensor_shapes
 from rankwise.engine.runtime.mixed import packed_linear
 from rankwise.errors import RankwiseError
+from rankwise.kernels.native_linear import HostGroup, Layer, suits
 from rankwise.layerspec import LayerSpec
 from rankwise.storage import Precision
 
@@ -42,8 +43,15 @@ def inputs(spec: LayerSpec) -> torch.Tensor:
     return torch.randn(3, spec.in_features, generator=torch.Generator().manual_seed(5))
 
 
-def loaded(spec: LayerSpec, cut: Cut, ranks: int, stored: dict[str, torch.Tensor], late: str = "") -> Part:
-    part = Part("layer", spec, cut, ranks, torch.float32, CPU)
+def loaded(
+    spec: LayerSpec,
+    cut: Cut,
+    ranks: int,
+    stored: dict[str, torch.Tensor],
+    late: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> Part:
+    part = Part("layer", spec, cut, ranks, dtype, CPU)
     for name in sorted(stored, key=lambda name: (name.startswith(late) if late else 0, name)):
         part.load(name, stored[name])
     part.finish()
@@ -64,6 +72,41 @@ def test_outputs_split_among_ranks(kind: str, precision: Precision, ranks: int, 
         part = loaded(spec, Cut(((rank * size, (rank + 1) * size),), (0, N)), 1, stored, late)
         got.append(packed_linear(inputs(spec), whole([part.module])))
     torch.testing.assert_close(torch.cat(got, dim=-1), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [Precision("bf16"), *PRECISIONS], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "lowrank", "pivot"])
+def test_in_bf16_a_group_is_one_call(kind: str, precision: Precision) -> None:
+    """Where there is compiled C; a rank's share that lacks some pivots runs as before."""
+    spec = spec_of(kind, precision)
+    stored, wanted = tensors_of(spec)
+    hosted = suits([Layer(torch.zeros(1, 1, dtype=torch.bfloat16), None, None, None, 1)], torch.bfloat16)
+    for cuts in ([(0, M)], [(0, M // 2), (M // 2, M)]):
+        groups = [whole([loaded(spec, Cut((rows,), (0, N)), 1, stored, dtype=torch.bfloat16).module]) for rows in cuts]
+        if hosted and (len(cuts) == 1 or kind != "pivot"):
+            assert all(isinstance(group, HostGroup) for group in groups)
+        got = torch.cat([packed_linear(inputs(spec).bfloat16(), group) for group in groups], dim=-1)
+        assert (got - wanted).norm() < 0.02 * wanted.norm()
+    columns = [(rank * N // 2, (rank + 1) * N // 2) for rank in range(2)]
+    parts = [
+        loaded(
+            spec,
+            Cut(
+                ((0, M),),
+                c,
+            ),
+            2,
+            stored,
+            dtype=torch.bfloat16,
+        ).module
+        for c in columns
+    ]
+    if kind != "dense":
+        split = [halves(part) for part in parts]  # type: ignore[arg-type]
+        z = sum(
+            packed_linear(inputs(spec)[:, a:b].bfloat16(), s.first) for s, (a, b) in zip(split, columns, strict=True)
+        )
+        assert (split[0].finish(z) - wanted).norm() < 0.02 * wanted.norm()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["dense", "lowrank", "pivot"])

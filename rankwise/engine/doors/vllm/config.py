@@ -30,8 +30,13 @@ class RankwiseConfig(QuantizationConfig):
         """From `quantization_config` of config.json.
 
         Raises:
-            RankwiseError: another format, or layers that cannot be.
+            RankwiseError: another format, layers that cannot be, or embeddings in 8 bits.
         """
+        if config.get("embeddings"):
+            allowed = (
+                "vLLM's own tables hold 16 or 32 bits: compress without --embeddings, or serve with rankwise's own"
+            )
+            raise RankwiseError("embeddings", ", ".join(config["embeddings"].values()), allowed)
         return cls(specs_from_config(config, "config.json"))
 
     def get_name(self) -> str:

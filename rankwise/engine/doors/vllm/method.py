@@ -76,7 +76,8 @@ class RankwiseLinearMethod(LinearMethodBase):
             return load
 
         stored = {name: tensor for part in self.parts for name, tensor in part.spec.tensors.items()}
-        kinds = {name: tensor.dtype for name, tensor in stored.items() if tensor.dtype in ("uint8", "int32", "float32")}
+        fixed = ("uint8", "int8", "int32", "float32")
+        kinds = {name: tensor.dtype for name, tensor in stored.items() if tensor.dtype in fixed}
         for name in {GUARD, *stored}:
             kind = getattr(torch, kinds[name]) if name in kinds else dtype
             slot = Parameter(torch.zeros(int(name == GUARD), dtype=kind, device=device), requires_grad=False)

@@ -69,7 +69,7 @@ def share(name: str, spec: LayerSpec, cut: Cut, ranks: int = 1) -> Share:
         ranks: among which the inputs are split.
 
     Raises:
-        RankwiseError: the columns that a rank would have are no whole groups of 4-bit weights.
+        RankwiseError: the columns that a rank would have are no whole groups of quantised weights.
     """
     block = spec.precision.block
     if cut.columns[0] % block or cut.columns[1] % block:
@@ -98,7 +98,7 @@ def take(tensor: torch.Tensor, name: str, spec: LayerSpec, cut: Cut) -> torch.Te
         A view where one range of rows is taken, else a copy.
     """
     first = name.startswith((FIRST.get(spec.kind, "weight"), "weight"))
-    if first:  # packed codes and scales have fewer columns than the numbers they stand for
+    if first and tensor.shape[1] > 1:  # packed codes and scales have fewer columns than numbers; one scale stays whole
         width, whole = tensor.shape[1], spec.in_features
         tensor = tensor[:, cut.columns[0] * width // whole : cut.columns[1] * width // whole]
     if first and spec.kind != "dense":

@@ -8,6 +8,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from rankwise.engine.doors.vllm import METHOD, TESTED
+from rankwise.engine.doors.vllm.refusals import note_refusals
 from rankwise.errors import RankwiseError
 
 logger = init_logger("vllm.rankwise")
@@ -26,6 +27,7 @@ def release(version: str) -> tuple[int, ...]:
 
 def register_tested() -> None:
     """Register the quantization method, or one that refuses where vLLM's interfaces are not those that we know."""
+    note_refusals()
     if release(vllm.__version__) != TESTED:
         logger.warning("rankwise is tested with vLLM %s; this is %s and may not work", WANTED, vllm.__version__)
     try:
