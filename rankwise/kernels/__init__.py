@@ -6,6 +6,7 @@ Here are the linear layers; what else a decoder needs lies in `attention`, `pref
 
 from rankwise.kernels.backend import backend
 from rankwise.kernels.int4 import Int4, int4_linear, int4_lowrank, quantize_int4, repack_int4
+from rankwise.kernels.int8 import Int8, int8_linear, int8_lowrank, quantize_int8
 from rankwise.kernels.lowrank import lowrank_linear
 from rankwise.kernels.masked import mask_probe, masked_matmul
 from rankwise.kernels.members import Dense, LowRank, Pivot
@@ -18,12 +19,15 @@ __all__ = [
     "NF4",
     "Dense",
     "Int4",
+    "Int8",
     "LowRank",
     "Packed",
     "Pivot",
     "backend",
     "int4_linear",
     "int4_lowrank",
+    "int8_linear",
+    "int8_lowrank",
     "lowrank_linear",
     "mask_probe",
     "masked_matmul",
@@ -33,6 +37,7 @@ __all__ = [
     "packed_linear",
     "pivot_linear",
     "quantize_int4",
+    "quantize_int8",
     "quantize_nf4",
     "quantized_linear",
     "quantized_lowrank",

@@ -152,10 +152,8 @@ def decode_attention(
         RankwiseError: the heads do not divide, the caches differ, or an option is out of its range.
     """
     scale, window, softcap = checked(q, k_cache, v_cache, scale, window, softcap)
-    whole = not softcap and q.shape[2] % native.LANES == 0
-    places = block_table.dtype == context_lens.dtype == torch.int32 and context_lens.is_contiguous()
-    if whole and places and native.usable(q, k_cache, v_cache):
-        return _native(q, k_cache, v_cache, block_table, context_lens, scale, window)
+    if runs_natively(q, k_cache, v_cache, (block_table, context_lens), softcap):
+        return native_attention(q, k_cache, v_cache, block_table, context_lens, None, scale, window)
     if not use_triton(q):
         return decode_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap)
     if split < 16 or split != power_of_two(split):
@@ -164,19 +162,38 @@ def decode_attention(
     return _op(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, longest, split)
 
 
-def _native(
+def native_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    context_lens: torch.Tensor, scale: float, window: int,
+    context_lens: torch.Tensor, bounds: torch.Tensor | None, scale: float, window: int,
 ) -> torch.Tensor:  # fmt: skip
-    """In `native.c`: pages are read where they lie, a key head of a sequence by one thread."""
+    """Attention by `native_attention.c`: pages are read where they lie, a key head of a token by one thread.
+
+    Args:
+        q: `[tokens, heads, head_dim]`, for which `runs_natively` holds.
+        k_cache: pages; `v_cache` likewise.
+        block_table: `[seqs, max_blocks]`.
+        context_lens: `[seqs]`.
+        bounds: `[seqs + 1]`, where each sequence's tokens begin; None: each brings one.
+        scale: of the scores.
+        window: 0 for none.
+    """
     out = torch.empty(q.shape, dtype=q.dtype)
     strides = *q.stride()[:2], *k_cache.stride()[:3], block_table.stride(0)
     sizes = q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], window, *strides
-    work = block_table.numel() * k_cache.stride(0)
-    tensors = q, k_cache, v_cache, block_table, context_lens, out
-    if native.call("decode", work, *tensors, sizes, len(q), scale, native.wide(q)):
-        raise MemoryError("no memory for the scores of decode_attention")
+    work = block_table.shape[1] * k_cache.stride(0) * len(q)
+    tensors = q, k_cache, v_cache, block_table, context_lens, bounds, out
+    if native.call("attention", work, *tensors, sizes, len(context_lens), len(q), scale, native.wide(q)):
+        raise MemoryError("no memory for the scores of attention")
     return out
+
+
+def runs_natively(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, places: tuple[torch.Tensor, ...], softcap: float
+) -> bool:
+    """Whether the function does it; `places` are its integers."""
+    if softcap or q.shape[2] % native.LANES or any(t.dtype != torch.int32 or t.stride(-1) != 1 for t in places):
+        return False
+    return native.usable(q, k_cache, v_cache)
 
 
 def decode_attention_reference(

@@ -1,7 +1,7 @@
 """`native*.c` on a CPU: compiled once a machine by the compiler that is there, and called; without one PyTorch does it.
 
 The library lies in the user's cache under a name that says its source, compiler and processor. The first process that
-wants it waits for the compiler, for a second or two; the others load it.
+wants it waits for the compiler, for some seconds; the others load it.
 """
 
 import ctypes
@@ -21,18 +21,19 @@ from rankwise.files import cache_folder
 from rankwise.kernels.backend import chosen
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "native.c", HERE / "native_linear.c", HERE / "native_blocks.c"]
-HEADERS = [HERE / "native.h", HERE / "native_dot.h", HERE / "native_linear.h"]
+SOURCES = [HERE / f"native{part}.c" for part in ("", "_attention", "_linear", "_blocks")]
+HEADERS = [HERE / "native.h", HERE / "native_dot.h", HERE / "native_linear.h", HERE / "native_scatter.h"]
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC"]
 DTYPES = (torch.bfloat16, torch.float32)
 LANES = 16  # of which a head's dimension must be a multiple
+PATIENCE = 600  # seconds: it takes some ten of a core, which others may want too
 ALONE = 1 << 15  # elements that one thread does on its own: waking others takes longer
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _NUMBERS = {int, float, type(None)}
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _FUNCTIONS = {
-    "decode": [*[_P] * 7, _L, _F, _I, _I],
+    "attention": [*[_P] * 8, _L, _L, _F, _I, _I],
     "rotary": [*[_P] * 10, _L, _I, _I],
     "norm": [*[_P] * 5, *[_L] * 5, _F, _F, _I, _I],
     "gated": [*[_P] * 3, *[_L] * 4, _I, _I, _I],
@@ -42,7 +43,7 @@ _FUNCTIONS = {
 }
 
 
-ANSWERING = ("decode", "linears", "blocks", "has_four_bits")  # with a number: others have no result
+ANSWERING = ("attention", "linears", "blocks", "has_four_bits")  # with a number: others have no result
 
 _one_at_a_time = Lock()
 
@@ -99,7 +100,7 @@ def build(compiler: str, folder: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, "native.so")
             command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
-            subprocess.run(command, capture_output=True, check=True, timeout=60)
+            subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE)
             made.replace(path)
     return path
 
@@ -137,6 +138,13 @@ def call(name: str, elements: int, *arguments: object) -> int:
     ]
     threads = 1 if elements <= ALONE else torch.get_num_threads()
     return int(getattr(library(), name)(*given, threads) or 0)
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles (AMX), which PyTorch's own products use and the functions do not."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked())
 
 
 def wide(x: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-/* All decoder blocks for sequences that bring one token each, in one call: the functions of the other files in turn.
+/* All decoder blocks in one call, for decoding and for prompts: the functions of the other files in turn.
  *
  * With few tokens a block is a dozen calls of a few microseconds, and a call from Python costs as much again.
  * See native_blocks.py; numbers are bf16.
@@ -20,7 +20,9 @@ typedef struct {
 
 typedef struct {
     int64_t hidden, heads, kv_heads, dim, half, cos_row, block_size, per_block, per_slot, per_head, table_row, longest, gelu;
+    int64_t seqs;
     const int32_t *positions, *slots, *tables, *lengths;
+    const int32_t *bounds; /* where each sequence's tokens begin; NULL: it brings one */
 } Step;
 
 typedef struct {
@@ -41,7 +43,7 @@ static void join(const Room *r, const void *before, const void *weight, int64_t 
     norm(r->delta, r->stream, weight, r->x, r->stream, tokens, 1, size, size, 0, eps, offset, 0, threads);
 }
 
-static int attention(const Block *b, const Step *s, const Room *r, int64_t tokens, float eps, float offset, float scale,
+static int mixing(const Block *b, const Step *s, const Room *r, int64_t tokens, float eps, float offset, float scale,
                      int threads) {
     int64_t dim = s->dim, row = (s->heads + 2 * s->kv_heads) * dim;
     uint16_t *q = r->qkv, *k = q + s->heads * dim, *v = k + s->kv_heads * dim;
@@ -59,13 +61,14 @@ static int attention(const Block *b, const Step *s, const Room *r, int64_t token
     int64_t sizes[ATTENTION_SIZES] = {s->heads, s->kv_heads, dim, s->block_size, b->window, row, dim,
                                       s->per_block, s->per_slot, s->per_head, s->table_row};
     int many = team(tokens * s->longest * s->kv_heads * dim, threads);
-    return decode(q, b->keys, b->values, s->tables, s->lengths, r->mixed, sizes, tokens, scale, 0, many);
+    return attention(q, b->keys, b->values, s->tables, s->lengths, s->bounds, r->mixed, sizes, s->seqs, tokens, scale, 0,
+                     many);
 }
 
 static int run(const Block *b, const Step *s, const Room *r, int64_t tokens, float eps, float offset, float scale,
                int threads) {
     int failed = product(r->x, r->qkv, &b->qkv, tokens, threads);
-    failed |= attention(b, s, r, tokens, eps, offset, scale, threads);
+    failed |= mixing(b, s, r, tokens, eps, offset, scale, threads);
     failed |= product(r->mixed, r->delta, &b->o, tokens, threads);
     join(r, b->norm_attention, b->norm_mlp, s->hidden, tokens, eps, offset, threads);
     failed |= product(r->x, r->gates, &b->gate_up, tokens, threads);

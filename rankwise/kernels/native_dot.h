@@ -1,9 +1,10 @@
 /* Products of a panel with a tile of inputs, sums kept in registers.
  *
  * A panel is 16 rows of a matrix, 8 columns (a chunk) after another. In bf16 a chunk is four vectors of 16 rows by 2
- * columns; in 4 bits it is one, of 16 words by row and column parity, whose nibbles are the columns 2 j + parity. A tile
- * is T tokens of inputs in bf16, likewise a chunk after another: `[chunks, stride, 8]`, so all addresses are one pointer
- * and constants. Each result is one chain of sums along the columns: it does not depend on T, nor on the other tokens.
+ * columns; in 4 bits it is one, of 16 words by row and column parity, whose nibbles are the columns 2 j + parity; in 8
+ * bits it is two, each of which `numbers8` makes two of those in bf16 of. A tile is T tokens of inputs in bf16, likewise
+ * a chunk after another: `[chunks, stride, 8]`, so all addresses are one pointer and constants. Each result is one chain
+ * of sums along the columns: it does not depend on T, nor on the other tokens.
  */
 
 #ifndef RANKWISE_NATIVE_DOT_H
@@ -21,7 +22,9 @@
 #endif
 
 enum { MOST = 8, CHUNK = 8, CHUNK_BYTES = 2 * CHUNK, PAIRS = CHUNK / 2, VECTOR = 64 };
+enum { AHEAD = 8192 }; /* bytes ahead that are asked for: at 16 tokens the processor itself looks less far */
 typedef uint16_t Codes __attribute__((vector_size(VECTOR)));
+typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
 
 /* sum[row] += w[row, 0] x[0] + w[row, 1] x[1] */
 INLINE Floats dot2(Floats sum, Words w, uint32_t x) {
@@ -61,6 +64,7 @@ INLINE void dot16(const char *weights, int64_t chunks, const char *tile, int64_t
             Words w[MOST];
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) memcpy(&w[p], weights + ((p * chunks + c) * PAIRS + j) * VECTOR, VECTOR);
+            if (T == 16) __builtin_prefetch(weights + (c * PAIRS + j) * VECTOR + AHEAD, 0, 2);
 #pragma GCC unroll 16
             for (int t = 0; t < T; t++)
 #pragma GCC unroll 8
@@ -118,6 +122,69 @@ INLINE void dot4(const char *weights, int64_t chunks, Scaling how, const char *t
     }
 #pragma GCC unroll 16
     for (int i = 0; i < P * T; i++) sums[i] = s[i];
+}
+
+/* What magnitudes 0..127 are in bf16: their low bytes and their high ones. */
+typedef struct {
+    Bytes low[2], high[2];
+} Magnitudes;
+
+/* Two vectors in bf16, of 16 rows by 2 columns, of codes of 8 bits: sign and magnitude. A code's place is that of its
+ * number where the low halves of all pieces of 16 codes come first: the bytes of numbers are made, and interleaved. */
+INLINE void numbers8(const Magnitudes *known, Bytes codes, Words *pairs) {
+#ifdef __AVX512VBMI__
+    __m512i low = _mm512_permutex2var_epi8((__m512i)known->low[0], (__m512i)codes, (__m512i)known->low[1]);
+    __m512i high = _mm512_permutex2var_epi8((__m512i)known->high[0], (__m512i)codes, (__m512i)known->high[1]);
+    high = _mm512_ternarylogic_epi64(high, (__m512i)codes, _mm512_set1_epi8(-128), 0xf8); /* high | (codes & sign) */
+    pairs[0] = (Words)_mm512_unpacklo_epi8(low, high);
+    pairs[1] = (Words)_mm512_unpackhi_epi8(low, high);
+#else
+    typedef int32_t Numbers __attribute__((vector_size(4 * LANES)));
+    (void)known;
+    for (int half = 0; half < 2; half++) {
+        Words both;
+        for (int i = 0; i < LANES; i++) {
+            int at = i / 4 * 16 + half * 8 + i % 4 * 2;
+            both[i] = (uint32_t)codes[at] | (uint32_t)codes[at + 1] << 16;
+        }
+        Words even = (Words)__builtin_convertvector((Numbers)(both & 127), Floats) | (both & 128) << 24;
+        Words odd = (Words)__builtin_convertvector((Numbers)(both >> 16 & 127), Floats) | (both & 128 << 16) << 8;
+        pairs[half] = even >> 16 | odd;
+    }
+#endif
+}
+
+/* The same of panels in 8 bits, whose rows have one scale each. */
+INLINE void dot8(const char *weights, int64_t chunks, const char *magnitudes, const char *scales, const char *tile,
+                 int64_t stride, Floats *sums, const int P, const int T) {
+    Magnitudes known;
+    memcpy(&known, magnitudes, sizeof known);
+    Floats s[SUMS]; /* of a fixed size, or the compiler keeps it in memory */
+#pragma GCC unroll 16
+    for (int i = 0; i < P * T; i++) s[i] = (Floats){0};
+    for (int64_t c = 0; c < chunks; c++) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++)
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) {
+                Bytes codes;
+                Words w[2];
+                memcpy(&codes, weights + ((p * chunks + c) * 2 + half) * VECTOR, VECTOR);
+                numbers8(&known, codes, w);
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++)
+#pragma GCC unroll 16
+                    for (int t = 0; t < T; t++)
+                        s[p * T + t] = dot2(s[p * T + t], w[j], pair_of(tile, c * stride, t, 2 * half + j));
+            }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+        Floats scale;
+        memcpy(&scale, scales + p * VECTOR, VECTOR);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) sums[p * T + t] = scale * s[p * T + t];
+    }
 }
 
 #endif

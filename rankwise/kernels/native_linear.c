@@ -1,19 +1,19 @@
 /* Linear layers that share an input, in one call: all first factors, then all second ones; see native_linear.py.
  *
- * Weights are bf16 or 4 bits, inputs and results bf16, sums fp32. A layer is a matrix whose results are outputs, or one
+ * Weights are bf16, 8 or 4 bits, inputs and results bf16, sums fp32. A layer is a matrix whose results are outputs, or one
  * whose results are kept, in bf16, as inputs of a second one, or both (pivots). A result goes to the column that `to` names.
  */
 
 #include <omp.h>
 
-#include "native_dot.h"
 #include "native_linear.h"
+#include "native_scatter.h"
 
 enum { TILE = 16, TOGETHER = 8 }; /* tokens of a tile; panels that stay in the cache while all tiles pass */
 
 static int64_t panels_of(const Matrix *m) { return (m->rows + LANES - 1) / LANES; }
 
-static int64_t panel_bytes(const Matrix *m) { return m->chunks * (m->levels ? VECTOR : PAIRS * VECTOR); }
+static int64_t panel_bytes(const Matrix *m) { return m->chunks * m->bits * (VECTOR / 4); }
 
 /* Tokens of the tile that begins at t0, filled up to a size for which there is a function. */
 static int padded(int64_t tokens) {
@@ -67,27 +67,30 @@ typedef struct {
 /* Results of one panel for the tile of token t0, `sums[t]`, to where they belong. */
 static void store(const Matrix *m, const Pass *pass, int64_t panel, int64_t t0, const Floats *sums, int size) {
     int64_t row = panel * LANES, rows = m->rows - row < LANES ? m->rows - row : LANES;
-    char *kept = pass->kept + tile_at(t0, pass->kept_width) + (m->keep + panel * LANES / CHUNK) * size * CHUNK_BYTES;
-    Floats bias = {0};
-    for (int64_t i = 0; m->bias && i < rows; i++) bias[i] = get(m->bias, row + i, 0);
-    for (int t = 0; t < size; t++) {
-        uint16_t plain[LANES];
-        Halves whole = rounded(sums[t]);
-        memcpy(plain, &whole, sizeof whole);
-        if (m->keep >= 0) {
-            for (int64_t i = rows; i < LANES; i++) plain[i] = 0; /* beside infinite inputs a row of zeros gives NaN */
-            memcpy(kept + t * CHUNK_BYTES, plain, CHUNK_BYTES);
-            memcpy(kept + (size + t) * CHUNK_BYTES, plain + CHUNK, CHUNK_BYTES);
+    int64_t tokens = pass->tokens - t0 < size ? pass->tokens - t0 : size;
+    Halves results[TILE];
+    for (int t = 0; t < size; t++) results[t] = rounded(sums[t]);
+    if (m->keep >= 0) {
+        char *kept = pass->kept + tile_at(t0, pass->kept_width) + (m->keep + panel * LANES / CHUNK) * size * CHUNK_BYTES;
+        for (int t = 0; t < size; t++) {
+            Halves whole = results[t];
+            for (int64_t i = rows; i < LANES; i++) whole[i] = 0; /* beside infinite inputs a row of zeros gives NaN */
+            memcpy(kept + t * CHUNK_BYTES, &whole, CHUNK_BYTES);
+            memcpy(kept + (size + t) * CHUNK_BYTES, (char *)&whole + CHUNK_BYTES, CHUNK_BYTES);
         }
-        if (m->out < 0 || t0 + t >= pass->tokens) continue;
-        whole = rounded(sums[t] + bias);
-        memcpy(plain, &whole, sizeof whole);
-        uint16_t *line = pass->y + (t0 + t) * pass->outputs + m->out;
-        if (m->to)
-            for (int64_t i = 0; i < rows; i++) line[m->to[row + i]] = plain[i];
-        else if (rows == LANES) memcpy(line + row, plain, sizeof plain);
-        else memcpy(line + row, plain, (size_t)(2 * rows));
     }
+    if (m->out < 0) return;
+    if (m->bias) {
+        Floats bias = {0};
+        for (int64_t i = 0; i < rows; i++) bias[i] = get(m->bias, row + i, 0);
+        for (int t = 0; t < size; t++) results[t] = rounded(sums[t] + bias);
+    }
+    uint16_t *y = pass->y + t0 * pass->outputs + m->out;
+    if (m->to) scatter(results, m->to + row, rows, y, pass->outputs, tokens);
+    else if (rows == LANES)
+        for (int64_t t = 0; t < tokens; t++) memcpy(y + t * pass->outputs + row, results + t, sizeof *results);
+    else
+        for (int64_t t = 0; t < tokens; t++) memcpy(y + t * pass->outputs + row, results + t, (size_t)(2 * rows));
 }
 
 /* sums[p, t] of `count` panels with a tile of `size` tokens. */
@@ -95,27 +98,30 @@ static void dot(const Matrix *m, int64_t panel, int count, Scaling how, const ch
     int64_t chunks = m->chunks;
     const char *w = m->weights + panel * panel_bytes(m);
     how.scales += m->levels ? panel * (chunks / how.group) * VECTOR : 0;
+#define WITH(P, T)                                                                                                     \
+    if (FOUR_BITS && m->bits == 4) dot4(w, chunks, how, tile + t * CHUNK_BYTES, size, sums + t, P, T);                 \
+    else if (m->bits == 8) dot8(w, chunks, m->levels, how.scales, tile + t * CHUNK_BYTES, size, sums + t, P, T);       \
+    else dot16(w, chunks, tile + t * CHUNK_BYTES, size, sums + t, P, T);
 #define CASE(P, T)                                                                                                     \
-    if (count == P && tokens == T) {                                                                                   \
-        if (FOUR_BITS && m->levels) dot4(w, chunks, how, tile + t * CHUNK_BYTES, size, sums + t, P, T);                \
-        else dot16(w, chunks, tile + t * CHUNK_BYTES, size, sums + t, P, T);                                           \
-    }
+    if (count == P && tokens == T) { WITH(P, T) }
     int tokens = size < SUMS ? size : SUMS;
-    if (m->levels && tokens > SUMS / 2) tokens = SUMS / 2; /* sums of a group are in registers, too */
+    if (m->bits == 4 && tokens > SUMS / 2) tokens = SUMS / 2; /* sums of a group are in registers, too */
     for (int t = 0; t < size; t += tokens, how.totals += how.totals ? tokens : 0) {
         CASE(4, 1) CASE(2, 1) CASE(1, 1) CASE(2, 2) CASE(1, 2) CASE(1, 4)
 #if SUMS > 4
         CASE(8, 1) CASE(4, 2) CASE(2, 4) CASE(1, 8)
-        if (tokens == 16) dot16(w, chunks, tile, size, sums, 1, 16);
+        if (tokens == 16 && m->bits == 16) dot16(w, chunks, tile, size, sums, 1, 16);
+        if (tokens == 16 && m->bits == 8) dot8(w, chunks, m->levels, how.scales, tile, size, sums, 1, 16);
 #endif
     }
 #undef CASE
+#undef WITH
 }
 
 /* Panels lo..hi of a matrix, for all tokens. */
 static void multiply(const Matrix *m, const Pass *pass, int64_t lo, int64_t hi, float *totals) {
     Scaling how = {.scales = m->scales, .totals = m->shifted ? totals : NULL, .group = m->group, .halves = (int)m->halves};
-    if (m->levels) memcpy(&how.levels, m->levels, sizeof how.levels);
+    if (m->bits == 4) memcpy(&how.levels, m->levels, sizeof how.levels);
     for (int64_t first = lo; first < hi; first += TOGETHER)
         for (int64_t t0 = 0; t0 < pass->tokens; t0 += TILE) {
             int size = padded(pass->tokens - t0), count = size < SUMS / 2 ? SUMS / 2 / size : 1;

@@ -7,7 +7,7 @@
 
 typedef struct {
     const char *weights;
-    const char *levels;  /* 32 numbers in bf16, of codes; NULL: the weights are bf16 */
+    const char *levels;  /* of codes of 4 bits 32 numbers in bf16, of 8 bits `Magnitudes`; NULL: the weights are bf16 */
     const char *scales;  /* of codes */
     const uint16_t *bias; /* by row, or NULL */
     const int32_t *to;    /* place of each row among the layer's outputs; NULL: in order */
@@ -17,6 +17,7 @@ typedef struct {
     int64_t halves, shifted; /* see Scaling */
     int64_t from;        /* its first chunk among the inputs */
     int64_t keep;        /* where its results begin among what is kept, in chunks; -1: nowhere */
+    int64_t bits;        /* of a weight: 16, 8 or 4 */
 } Matrix;
 
 /* Layers that share an input: `firsts` matrices that read it, then `seconds` that read what those keep. */

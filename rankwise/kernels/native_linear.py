@@ -5,8 +5,7 @@ are there once, in panels, for any number of tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -63,7 +62,7 @@ class Part:
         p = self.panels
         pointers = [0 if t is None else t.data_ptr() for t in (p.weights, p.levels, p.scales, self.bias, self.to)]
         sizes = [self.out, p.rows, p.chunks, p.chunks // p.groups, int(p.halves), int(p.shifted)]
-        return [*pointers, *sizes, self.source, self.keep]
+        return [*pointers, *sizes, self.source, self.keep, p.bits]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class HostGroup:
     Args:
         firsts: first factors.
         seconds: second factors.
-        table: int64 `[parts, 13]`, all parts' fields.
+        table: int64 `[parts, 14]`, all parts' fields.
         head: int64 `[7]`, `Group` of native_linear.h.
         inputs: n.
         outputs: Σ m.
@@ -96,7 +95,7 @@ class HostGroup:
         """All layers on one input, `[..., n]` to `[..., Σ m]`; bf16, without a gradient."""
         tokens = prod(x.shape[:-1])
         x = x if x.stride(-1) == 1 else x.contiguous()
-        if not native.usable(x) or x.dtype != torch.bfloat16 or (tokens >= MANY and _has_tiles()):
+        if not native.usable(x) or x.dtype != torch.bfloat16 or (tokens >= MANY and native.has_tiles()):
             return self.reference(x)
         flat = x.reshape(tokens, self.inputs)
         y = torch.empty(*x.shape[:-1], self.outputs, dtype=x.dtype)
@@ -138,7 +137,7 @@ def suits(layers: Sequence[Layer], dtype: torch.dtype) -> bool:
 def host_group(layers: Sequence[Layer]) -> HostGroup:
     """Lay layers out; they are copied."""
     firsts, seconds, start, kept = [], [], 0, 0
-    for layer in layers:
+    for layer in map(_ordered, layers):
         bias = None if layer.bias is None else layer.bias.bfloat16()
         first = panels_of(layer.first)
         if layer.second is None:
@@ -159,10 +158,15 @@ def host_group(layers: Sequence[Layer]) -> HostGroup:
     return HostGroup(tuple(firsts), tuple(seconds), table, torch.tensor(numbers), inputs, start, kept)
 
 
-@lru_cache(maxsize=1)
-def _has_tiles() -> bool:
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is not None and bool(asked())
+def _ordered(layer: Layer) -> Layer:
+    """The same layer with pivots, and other rows, in the order of their outputs: results then lie close together."""
+    first, second, index = layer.first, layer.second, layer.index
+    if index is None or not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        return layer
+    pivots, others = (part.sort() for part in torch.argsort(index.long()).split([len(first), len(second)]))
+    index = torch.argsort(torch.cat([pivots.values, others.values]))
+    second = second[others.indices][:, pivots.indices]
+    return replace(layer, first=first[pivots.indices], second=second, index=index)
 
 
 def _places(layer: Layer, pivots: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -1,4 +1,4 @@
-"""Matrices as `native_linear.c` reads them: panels of 16 rows, 8 columns after another, in bf16 or in 4 bits."""
+"""Matrices as `native_linear.c` reads them: panels of 16 rows, 8 columns after another, in bf16, 8 or 4 bits."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,15 @@ import torch
 
 from rankwise.kernels.fragments import split_nibbles
 from rankwise.kernels.int4 import Int4
+from rankwise.kernels.int8 import MOST, Int8, dequantize_int8
 from rankwise.kernels.native_memory import placed
 from rankwise.kernels.nf4 import LEVELS, NF4
 
 ROWS, CHUNK = 16, 8
 MIDDLE = 8  # the code of int4 that stands for 0 without a zero point
+SIGN = 128  # the bit of int8's codes, which are laid out as sign and magnitude
 
-Matrix = torch.Tensor | Int4 | NF4
+Matrix = torch.Tensor | Int4 | NF4 | Int8
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,11 @@ class Panels:
     """A matrix as the functions read it.
 
     Args:
-        weights: bf16 `[panels, chunks, 4, 16, 2]` or, of codes, int16 `[panels, chunks, 32]`.
+        weights: bf16 `[panels, chunks, 4, 16, 2]`; of codes of 4 bits int16 `[panels, chunks, 32]`, of 8 bits uint8
+            `[panels, chunks, 2, 4, 2, 4, 2]`, see `numbers8` in native_dot.h.
         scales: int32 `[panels, groups, 16]`, see `Scaling` in native_dot.h; None in bf16.
-        levels: bf16 `[32]`, what codes stand for, twice; None in bf16.
+        levels: what codes stand for: of 4 bits bf16 `[32]`, twice, of 8 bits uint8 `[2, 128]`, the bytes of their
+            magnitudes in bf16; None in bf16.
         halves: scales are pairs of halves.
         shifted: codes have zero points.
         rows: m.
@@ -43,8 +47,13 @@ class Panels:
         return self.weights.shape[1]
 
     @property
+    def bits(self) -> int:
+        """Of a weight: 16, 8 or 4."""
+        return 16 if self.scales is None else 8 if self.weights.dtype == torch.uint8 else 4
+
+    @property
     def groups(self) -> int:
-        """That share a scale; 1 in bf16."""
+        """That share a scale; 1 in bf16 and in 8 bits."""
         return 1 if self.scales is None else self.scales.shape[1]
 
     @property
@@ -55,6 +64,8 @@ class Panels:
 
 def panels_of(matrix: Matrix) -> Panels:
     """Lay a matrix out; it is copied."""
+    if isinstance(matrix, Int8):
+        return _eight(matrix)
     return _plain(matrix) if isinstance(matrix, torch.Tensor) else _coded(matrix)
 
 
@@ -63,6 +74,18 @@ def _plain(weight: torch.Tensor) -> Panels:
     filled = torch.nn.functional.pad(weight, (0, -n % CHUNK, 0, -m % ROWS))
     laid = filled.view(-1, ROWS, filled.shape[1] // CHUNK, CHUNK // 2, 2).permute(0, 2, 3, 1, 4)
     return Panels(placed(laid), None, None, False, False, m, n)
+
+
+def _eight(w: Int8) -> Panels:
+    if bool((w.codes < -MOST).any()):  # no code of ours, and without a place beside a sign
+        return _plain(dequantize_int8(w, torch.bfloat16))
+    m, n = w.codes.shape
+    signed = w.codes.abs().view(torch.uint8) | torch.where(w.codes < 0, SIGN, 0).to(torch.uint8)
+    filled = torch.nn.functional.pad(signed, (0, -n % CHUNK, 0, -m % ROWS))
+    laid = filled.view(-1, 4, 4, filled.shape[1] // CHUNK, 2, 2, 2).permute(0, 3, 4, 1, 5, 2, 6)
+    scales = torch.nn.functional.pad(w.scale.float(), (0, 0, 0, -m % ROWS)).view(torch.int32).view(-1, 1, ROWS)
+    levels = torch.arange(MOST + 1).bfloat16().view(torch.uint8).view(-1, 2).T.contiguous()
+    return Panels(placed(laid), placed(scales), levels, False, False, m, n)
 
 
 def _coded(w: Int4 | NF4) -> Panels:
@@ -87,6 +110,8 @@ def rows_of(panels: Panels) -> torch.Tensor:
     if panels.scales is None or panels.levels is None:
         whole = panels.weights.permute(0, 3, 1, 2, 4).reshape(-1, panels.chunks * CHUNK)
         return whole[: panels.rows, : panels.columns]
+    if panels.bits == 8:
+        return _rows_of_eight(panels)
     nibbles = panels.weights.unflatten(2, (ROWS, 2))[..., None].int() >> 4 * torch.arange(4, dtype=torch.int32) & 15
     codes = nibbles.permute(0, 2, 1, 4, 3).reshape(-1, panels.columns)
     numbers = panels.levels.float().index_select(0, codes.flatten()).view(len(codes), panels.groups, -1)
@@ -97,7 +122,23 @@ def rows_of(panels: Panels) -> torch.Tensor:
     return ((numbers + shift) * scale).flatten(1)[: panels.rows].bfloat16()
 
 
+def _rows_of_eight(panels: Panels) -> torch.Tensor:
+    assert panels.scales is not None
+    codes = panels.weights.permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, panels.chunks * CHUNK)
+    codes = codes[: panels.rows, : panels.columns]
+    return (_signed(codes) * panels.scales.view(torch.float32).view(-1, 1)[: panels.rows]).bfloat16()
+
+
 def take_rows(panels: Panels, ids: torch.Tensor) -> torch.Tensor:
-    """Rows `[T, n]` of a matrix in bf16, by their numbers `[T]`: an embedding that a head's panels hold."""
-    found = panels.weights[ids // ROWS, :, :, ids % ROWS]
-    return found.flatten(1)[:, : panels.columns].contiguous()
+    """Rows `[T, n]` of a matrix in bf16 or 8 bits, by their numbers `[T]`: an embedding that a head's panels hold."""
+    panel, row = ids // ROWS, ids % ROWS
+    if panels.scales is None:
+        return panels.weights[panel, :, :, row].flatten(1)[:, : panels.columns].contiguous()
+    signed = panels.weights[panel, :, :, row // 4, :, row % 4].flatten(1)[:, : panels.columns]
+    scale = panels.scales.view(torch.float32)[panel, 0, row]
+    return (_signed(signed) * scale[:, None]).bfloat16()
+
+
+def _signed(codes: torch.Tensor) -> torch.Tensor:
+    """What sign and magnitude say, in int8."""
+    return torch.where(codes < SIGN, 1, -1).to(torch.int8) * (codes & MOST).view(torch.int8)

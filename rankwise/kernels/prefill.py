@@ -6,7 +6,9 @@ serves sequences of any lengths: its grid follows the number of tokens and of se
 
 import torch
 
+from rankwise.kernels.attention import native_attention, runs_natively
 from rankwise.kernels.backend import launch, power_of_two, tl, triton, use_triton
+from rankwise.kernels.native import has_tiles
 from rankwise.kernels.paged import attend, checked, gather_pages, online_softmax, page_rows, scales
 
 
@@ -127,6 +129,8 @@ def prefill_attention(
         RankwiseError: the heads do not divide, the caches differ, or an option is out of its range.
     """
     scale, window, softcap = checked(q, k_cache, v_cache, scale, window, softcap)
+    if runs_natively(q, k_cache, v_cache, (block_table, cu_seqlens, context_lens), softcap) and not has_tiles():
+        return native_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens, scale, window)
     arguments = (q, k_cache, v_cache, block_table, cu_seqlens, context_lens, scale, window, softcap)
     return _op(*arguments) if use_triton(q) else prefill_attention_reference(*arguments)
 

@@ -1,26 +1,33 @@
-"""Layers whose matrices are in 4 bits, of either format: `int4.py` and `nf4.py` say what their bytes mean."""
+"""Layers whose matrices are in 4 or 8 bits: `int4.py`, `nf4.py` and `int8.py` say what their bytes mean."""
 
 import torch
 
 from rankwise.kernels.fragments import Fragments
 from rankwise.kernels.int4 import Int4, dequantize_int4, int4_linear, int4_lowrank, repack_int4
+from rankwise.kernels.int8 import Int8, align_int8, dequantize_int8, int8_linear, int8_lowrank
 from rankwise.kernels.nf4 import NF4, dequantize_nf4, nf4_linear, nf4_lowrank, repack_nf4
 
-Quantized = Int4 | NF4 | Fragments  # as the file has it, or in the order of the kernels for GPUs
+Stored = Int4 | NF4 | Int8  # as the file has it
+Ready = Fragments | Int8  # as kernels for GPUs read it; those of int8 read the file's order
+Quantized = Stored | Fragments
 
 
-def repack(w: Int4 | NF4) -> Fragments:
+def repack(w: Stored) -> Ready:
     """The order of the kernels for GPUs, for long use."""
+    if isinstance(w, Int8):
+        return align_int8(w)
     return repack_nf4(w) if isinstance(w, NF4) else repack_int4(w)
 
 
 def dequantize(w: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The numbers `[m, n]` that the bytes stand for, worked out in fp32 and rounded once."""
-    return dequantize_nf4(w, dtype) if _is_nf4(w) else dequantize_int4(w, dtype)  # type: ignore[arg-type]
+    if isinstance(w, Int8):
+        return dequantize_int8(w, dtype)
+    return dequantize_nf4(w, dtype) if _name(w) == "nf4" else dequantize_int4(w, dtype)  # type: ignore[arg-type]
 
 
 def quantized_linear(x: torch.Tensor, w: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Apply `y = x Wᵀ + b`, see `int4_linear` and `nf4_linear`.
+    """Apply `y = x Wᵀ + b`, see `int4_linear`, `nf4_linear` and `int8_linear`.
 
     Args:
         x: `[..., n]`, floating point.
@@ -30,7 +37,9 @@ def quantized_linear(x: torch.Tensor, w: Quantized, bias: torch.Tensor | None = 
     Returns:
         `[..., m]`.
     """
-    return nf4_linear(x, w, bias) if _is_nf4(w) else int4_linear(x, w, bias)  # type: ignore[arg-type]
+    if isinstance(w, Int8):
+        return int8_linear(x, w, bias)
+    return nf4_linear(x, w, bias) if _name(w) == "nf4" else int4_linear(x, w, bias)  # type: ignore[arg-type]
 
 
 def quantized_lowrank(x: torch.Tensor, v: Quantized, u: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,9 +54,11 @@ def quantized_lowrank(x: torch.Tensor, v: Quantized, u: Quantized, bias: torch.T
     Returns:
         `[..., m]`.
     """
-    if _is_nf4(v) and _is_nf4(u):
+    if isinstance(v, Int8) and isinstance(u, Int8):
+        return int8_lowrank(x, v, u, bias)
+    if _name(v) == _name(u) == "nf4":
         return nf4_lowrank(x, v, u, bias)  # type: ignore[arg-type]
-    if not _is_nf4(v) and not _is_nf4(u):
+    if _name(v) == _name(u) == "int4":
         return int4_lowrank(x, v, u, bias)  # type: ignore[arg-type]
     return quantized_linear(quantized_linear(x, v), u, bias)
 
@@ -76,5 +87,5 @@ def quantized_pivot(
     return y if bias is None else y + bias
 
 
-def _is_nf4(w: Quantized) -> bool:
-    return isinstance(w, NF4) or (isinstance(w, Fragments) and w.name == "nf4")
+def _name(w: Quantized) -> str:
+    return w.name if isinstance(w, Fragments) else type(w).__name__.lower()

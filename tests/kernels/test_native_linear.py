@@ -1,6 +1,7 @@
 """Groups of layers by `native_linear.c` are as exact as bf16 allows, for any shape; compiled for any processor."""
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,17 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import DEVICE, draw, relative_error
 
-from rankwise.kernels import native, quantize_int4, quantize_nf4
+from rankwise.kernels import Int8, native, quantize_int4, quantize_int8, quantize_nf4
 from rankwise.kernels.backend import backend
+from rankwise.kernels.fragments import Fragments
 from rankwise.kernels.native_linear import HostGroup, Layer, host_group, suits
 from rankwise.kernels.native_memory import PIECE, placed
 from rankwise.kernels.native_panels import Matrix, panels_of, rows_of, take_rows
-from rankwise.kernels.quantized import dequantize
+from rankwise.kernels.quantized import Quantized, dequantize
 
 LIBRARY = native.library()
 BF16 = torch.bfloat16
 CODED = bool(LIBRARY is not None and LIBRARY.has_four_bits())
-FORMATS = ["bf16", *(["int4", "asymmetric", "nf4"] if CODED else [])]
+FORMATS = ["bf16", *(["int4", "asymmetric", "nf4", "int8"] if CODED else [])]
 pytestmark = [
     pytest.mark.skipif(LIBRARY is None, reason="no gcc here"),
     pytest.mark.skipif(DEVICE != "cpu", reason="tensors of these tests are on a GPU"),
@@ -47,7 +49,9 @@ def matrix(m: int, n: int, stored: str, seed: int) -> tuple[Matrix, torch.Tensor
     w = draw(m, n, dtype=torch.float32, seed=seed) / n**0.5
     if stored == "bf16":
         return w.to(BF16), w.to(BF16).double()
-    coded = quantize_nf4(w) if stored == "nf4" else quantize_int4(w + 0.02, 32, stored == "int4")
+    how: dict[str, Callable[[], Quantized]] = {"nf4": lambda: quantize_nf4(w), "int8": lambda: quantize_int8(w)}
+    coded = how.get(stored, lambda: quantize_int4(w + 0.02, 32, stored == "int4"))()
+    assert not isinstance(coded, Fragments)
     return coded, dequantize(coded).double()
 
 
@@ -124,6 +128,27 @@ def test_any_processor(tokens: int) -> None:
     made = [layer("dense", 70, 100, 0), layer("pivot", 90, 100, 24), layer("lowrank", 50, 100, 17)]
     x = draw(tokens, 100, dtype=BF16)
     assert relative_error(run(host_group([each for each, _ in made]), x), exact_of(x, made)) < 6e-3
+
+
+@pytest.mark.skipif(not CODED, reason="no vectors of 512 bits here")
+@settings(max_examples=20, deadline=None)
+@given(m=st.integers(1, 90), n=st.integers(1, 90), rank=st.integers(1, 40), tokens=st.integers(1, 40))
+def test_int8_of_any_shape(m: int, n: int, rank: int, tokens: int) -> None:
+    made = [layer("dense", m, n, 0, "int8"), layer("pivot", m, n, min(rank, m), "int8" if rank < m else "bf16")]
+    made.append(layer("lowrank", m, n, rank, "int8"))
+    x = draw(tokens, n, dtype=BF16)
+    assert relative_error(run(host_group([each for each, _ in made]), x), exact_of(x, made)) < 6e-3
+
+
+def test_every_code_of_int8() -> None:
+    """Also -128, which no rounding of ours makes."""
+    codes = torch.arange(-128, 128).view(32, 8).to(torch.int8)
+    for w in (Int8(codes, torch.full((32, 1), 0.5).bfloat16()), Int8(codes[1:-1], torch.rand(30, 1).bfloat16())):
+        exact = dequantize(w).bfloat16()
+        assert torch.equal(rows_of(panels_of(w)), exact)
+        if CODED:
+            x = torch.eye(8, dtype=BF16)
+            assert torch.equal(run(host_group([Layer(w, None, None, None, len(exact))]), x), exact.T)
 
 
 def test_codes_that_cannot_be_looked_up(plain: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +245,6 @@ def test_rows_by_their_numbers(shape: tuple[int, int]) -> None:
     ids = torch.arange(shape[0]).flip(0).repeat(2)
     assert torch.equal(take_rows(panels_of(weight), ids), weight[ids])
     assert take_rows(panels_of(weight), ids[:0]).shape == (0, shape[1])
+    coded = quantize_int8(weight)
+    assert torch.equal(take_rows(panels_of(coded), ids), dequantize(coded)[ids].bfloat16())
+    assert take_rows(panels_of(coded), ids[:0]).shape == (0, shape[1])

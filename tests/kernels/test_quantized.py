@@ -1,4 +1,4 @@
-"""Layers in 4 bits equal the same layers with the numbers that their bytes stand for."""
+"""Layers in 4 and 8 bits equal the same layers with the numbers that their bytes stand for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,21 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error
 
-from rankwise.kernels import quantize_int4, quantize_nf4, repack_int4, repack_nf4
+from rankwise.kernels import quantize_int4, quantize_int8, quantize_nf4
 from rankwise.kernels.int4 import dequantize_int4
+from rankwise.kernels.int8 import dequantize_int8
 from rankwise.kernels.nf4 import dequantize_nf4
-from rankwise.kernels.quantized import quantized_linear, quantized_lowrank, quantized_pivot
+from rankwise.kernels.quantized import quantized_linear, quantized_lowrank, quantized_pivot, repack
 
-FORMATS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "int4": (lambda w: quantize_int4(w, 32), dequantize_int4, repack_int4),
-    "nf4": (quantize_nf4, dequantize_nf4, repack_nf4),
+FORMATS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "int4": (lambda w: quantize_int4(w, 32), dequantize_int4),
+    "int8": (quantize_int8, dequantize_int8),
+    "nf4": (quantize_nf4, dequantize_nf4),
 }
 formats = pytest.mark.parametrize("name", FORMATS)
 
 
 def stored(name: str, rows: int, columns: int, seed: int = 0) -> tuple[Any, torch.Tensor]:
     """A random matrix as the file keeps it, and its numbers in fp64."""
-    quantize, dequantize, _ = FORMATS[name]
+    quantize, dequantize = FORMATS[name]
     w = quantize(draw(rows, columns, seed=seed) / columns**0.5)
     return w, dequantize(w).double()
 
@@ -46,8 +48,9 @@ def test_every_kind_is_that_of_its_numbers(name: str, tokens: int, m: int, n: in
     assert relative_error(quantized_pivot(x, index, v, c, b), x.double() @ rows.T + plus) < 1e-5
 
 
-def test_formats_mix() -> None:
-    x, (v, v_), (u, u_) = draw(3, 64, dtype=torch.float32), stored("nf4", 64, 64), stored("int4", 70, 64)
+@pytest.mark.parametrize(("first", "second"), [("nf4", "int4"), ("int8", "nf4"), ("int4", "int8")])
+def test_formats_mix(first: str, second: str) -> None:
+    x, (v, v_), (u, u_) = draw(3, 64, dtype=torch.float32), stored(first, 64, 64), stored(second, 70, 64)
     assert relative_error(quantized_lowrank(x, v, u), x.double() @ (u_ @ v_).T) < 1e-5
 
 
@@ -56,7 +59,7 @@ def test_formats_mix() -> None:
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_pivots_in_the_kernels_order(name: str, dtype: torch.dtype, tokens: int) -> None:
-    repack, m = FORMATS[name][2], 90
+    m = 90
     (basis, b_), (coeff, c_), index = stored(name, 64, 128), stored(name, m - 64, 64, seed=2), permutation(m)
     x, bias = draw(tokens, 128, dtype=dtype), draw(2 * m, dtype=dtype)[::2]
     with in_triton():

@@ -1,18 +1,18 @@
-"""Decoding on a CPU: a step in which every sequence brings one token is one call of `native_blocks.c`."""
+"""Steps on a CPU: all blocks are one call of `native_blocks.c`."""
 
 import torch
 
 from rankwise.engine.runtime.batch import Batch
 from rankwise.engine.runtime.decoder import Block, Decoder
 from rankwise.kernels import native
-from rankwise.kernels.native_linear import HostGroup
+from rankwise.kernels.native_linear import MANY, HostGroup
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 NORMS = ("norm_q", "norm_k", "norm_attention", "norm_out")
 
 
 class HostBlocks:
-    """Runs decode steps by the function, and other steps by the decoder itself.
+    """Runs steps by the function; by the decoder itself where the library has faster products for many tokens.
 
     Args:
         decoder: for which `suits` holds.
@@ -29,11 +29,11 @@ class HostBlocks:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that the batch wants, `[N, vocabulary]`; writes the cache."""
-        alone = batch.decoding == len(batch.ids) == len(batch.contexts)
-        if not alone or not native.usable(self.decoder.embed):
+        alone, n = batch.decoding == len(batch.ids) == len(batch.contexts), len(batch.ids)
+        if not native.usable(self.decoder.embed) or (n >= MANY and native.has_tiles()):
             return self.decoder(batch, self.keys, self.values)
         x, stream = self.decoder.begin(batch)
-        shape, n = self.decoder.shape, len(x)
+        shape = self.decoder.shape
         tensors = batch.positions, batch.slots, batch.tables, batch.contexts
         cos, pages = self.decoder.blocks[0].rotary.cos, self.keys[0]
         sizes = x.shape[1], shape.heads, shape.kv_heads, shape.head_dim, cos.shape[1], cos.stride(0), pages.shape[1]
@@ -42,7 +42,9 @@ class HostBlocks:
             batch.tables.stride(0),
             batch.longest,
             int(shape.gelu),
+            len(batch.contexts),
             *(t.data_ptr() for t in tensors),
+            0 if alone else batch.bounds.data_ptr(),
         )
         scale = shape.head_dim**-0.5 if shape.scale is None else shape.scale
         factors = shape.eps, float(shape.offset), scale

@@ -92,8 +92,8 @@ def test_every_step_is_that_of_the_decoder(family: str, kinds: tuple[str, ...]) 
         cache.zero_()
     calls: list[bool] = []
     found, wanted = logits_of(ours, calls), logits_of(theirs, [])
-    assert sum(calls) >= 10  # steps that only decode
-    assert not all(calls)
+    assert len(calls) >= 10
+    assert all(calls)  # prompts, too, beside sequences that decode
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
         assert a.isfinite().all()
