@@ -4,9 +4,10 @@
 
 Makes a checkpoint of every precision, all layers dense, and loads each in a process of its own. What counts is what the
 load added to the process's resident memory, in two parts: anonymous memory, and pages of the checkpoint's own files
-that stay mapped, which the system may drop when it wants to. The libraries, the tokenizer and a model of one tiny layer
-were there before. The cache is filled, its bytes as `LLM.plan` states them are taken off, and the rest is set beside
-`total_bytes` of plan.json. Rows go to bench/results/cpu/memory.jsonl.
+that stay mapped, which the system may drop when it wants to. The libraries and a model of one tiny layer were there
+before. The cache is filled; its bytes as `LLM.plan` states them are taken off, and those of a tokenizer, which are
+measured by loading one more beforehand. The rest is set beside `total_bytes` of plan.json. Rows go to
+bench/results/cpu/memory.jsonl.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rankwise
 from rankwise.anatomy import block_linears
@@ -32,7 +33,7 @@ from rankwise.storage import Precision
 from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "memory.jsonl"
-PRECISIONS = {"bf16": Precision(), "int4": Precision("int4", 64), "nf4": Precision("nf4")}
+PRECISIONS = {"bf16": Precision(), "int4": Precision("int4", 64), "nf4": Precision("nf4"), "int8": Precision("int8")}
 PROMPT, NEW, LENGTH = 64, 16, 512
 CPU = torch.device("cpu")
 
@@ -74,11 +75,11 @@ def made(model: str, weights: str, work: Path) -> Path:
 
 def measured(folder: Path, kv_tokens: int) -> dict[str, Any]:
     """The child's part."""
-    model, tokenizer = load_model(str(folder))
+    model, _ = load_model(str(folder))
     config, dtype = model.config, model_dtype(model)
     del model
     warm(config)
-    settle()
+    spare, tokens = one_more_tokenizer(folder)
     before = held(folder)
     reset_peak(CPU)
     llm = LLM(str(folder), device="cpu", max_model_len=LENGTH, kv_tokens=kv_tokens)
@@ -87,11 +88,12 @@ def measured(folder: Path, kv_tokens: int) -> dict[str, Any]:
         cache.zero_()  # memory that nobody wrote to is not there yet
     settle()
     loaded = held(folder)
-    ids = tokenizer("The history of the world is ")["input_ids"] * PROMPT
+    ids = spare("The history of the world is ")["input_ids"] * PROMPT
     llm.generate(ids[:PROMPT], rankwise.SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True))
     settle()
     after = held(folder)
     kv, planned = llm.plan.blocks * llm.plan.block_bytes, RankPlan.load(folder / "plan.json").total_bytes
+    others = kv + tokens
     anonymous, mapped = loaded["anonymous"] - before["anonymous"], loaded["mapped"] - before["mapped"]
     return {
         "dtype": dtype,
@@ -99,13 +101,23 @@ def measured(folder: Path, kv_tokens: int) -> dict[str, Any]:
         "kv": kv,
         "anonymous": anonymous,
         "mapped": mapped,
-        "weight_bytes": anonymous + mapped - kv,
-        "over": (anonymous + mapped - kv) / planned - 1,
+        "tokenizer": tokens,
+        "weight_bytes": anonymous + mapped - others,
+        "over": (anonymous + mapped - others) / planned - 1,
         "generating": sum(after.values()) - sum(loaded.values()),
         "decoder": of_decoder(llm.engine.decoder)[0],
         "peak_while_loading": loading,
         "before": sum(before.values()),
     }
+
+
+def one_more_tokenizer(folder: Path) -> tuple[Any, int]:
+    """A tokenizer, and the bytes that it takes; `LLM` will load its own."""
+    settle()
+    before = held(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settle()
+    return tokenizer, sum(held(folder).values()) - sum(before.values())
 
 
 def warm(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Perplexity against bytes: 4 bits, ranks, and both chosen together, over a row of sizes, in one run.
+"""Perplexity against bytes: 4 and 8 bits, ranks, and both chosen together, over a row of sizes, in one run.
 
     python -m bench.tradeoff --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt --c4 c4.jsonl
 
@@ -24,24 +24,29 @@ from bench.harness import CPU, kept_rows
 from bench.rotation import rotate
 from bench.texts import add_text_options, test_windows, train_windows
 from rankwise.alloc.curvature import Curvature, collect
-from rankwise.alloc.joint import joint_plan
+from rankwise.alloc.joint import StoredChoices, joint_plan, plan_within
 from rankwise.alloc.methods import Global
+from rankwise.alloc.methods.base import Method
+from rankwise.alloc.near import near_plans
 from rankwise.alloc.precisions import RoundingTable, measure_rounding
 from rankwise.alloc.rounder import Rounder
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.budgets import make_budget
+from rankwise.candidates import choose, predicted_loss
 from rankwise.evaluate import perplexity
 from rankwise.pipeline import compress
 from rankwise.plan import KINDS, RankPlan
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
 from rankwise.quantize import nearest
+from rankwise.room import JUDGES
 from rankwise.storage import Precision
 from rankwise.weights import rounding_plan
 from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
 
 RESULTS = Path(__file__).parent / "results"
+CANDIDATES = 3
 SHARES = (0.5, 0.4, 0.3, 0.25, 0.22, 0.2)
 BF16 = 16  # bits
 UNIFORM = Precision("int4", 64)  # of ranks that were chosen without it
@@ -57,6 +62,8 @@ class Bench:
         store: its factors.
         table: what rounding adds, by kind, rank and precision.
         rounded: folder of layers that were rounded before.
+        judges: windows that decide between plans whose predictions are near; the table's moments of inputs, and what
+            the plans are tested on, are other ones.
     """
 
     model: Any
@@ -64,6 +71,7 @@ class Bench:
     store: FactorStore
     table: RoundingTable
     rounded: Path
+    judges: torch.Tensor
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -80,9 +88,24 @@ class Bench:
         return rounding_plan(None, precision, self.shapes, "bf16")
 
     def chosen(self, share: float, precisions: tuple[Precision, ...], kinds: tuple[str, ...] = KINDS) -> RankPlan:
-        """Kinds, ranks and precisions chosen together under a share of the dense bytes."""
+        """Kinds, ranks and precisions chosen together under a share of the dense bytes, by prediction."""
         budget = int(share * self.dense_bytes)
         return joint_plan(Global(kinds=kinds), self.store, self.table, precisions, budget, "bf16")
+
+    def tried(self, share: float, precisions: tuple[Precision, ...]) -> RankPlan:
+        """The same as `rankwise compress` does it: the best three by prediction, judged on text."""
+        budget = int(share * self.dense_bytes)
+
+        def within(method: Method, choices: dict[str, StoredChoices]) -> RankPlan:
+            return plan_within(method, self.store, choices, budget)
+
+        plans = near_plans(Global(), self.store, self.table, precisions, "bf16", within, CANDIDATES)
+        return choose(plans, self.model, self.store, self.rounder(), self.judges, CPU, on_terminal)
+
+    def rounder(self) -> Rounder:
+        """Rounding by what the curvature says."""
+        blocks = [list(block) for block in block_linears(self.model)]
+        return Rounder(self.curvature, blocks, self.rounded, lambda n: weight_of(self.model.get_submodule(n)))
 
     def on_top(self, share: float, kinds: tuple[str, ...]) -> RankPlan | None:
         """Ranks for bf16, all numbers rounded alike afterwards; None where that needs no ranks."""
@@ -97,16 +120,13 @@ class Bench:
         model, started = self.model, time.monotonic()
         if plan is not None:
             model = copy.deepcopy(self.model)
-            blocks = [list(block) for block in block_linears(model)]
-            by_curvature = Rounder(self.curvature, blocks, self.rounded, lambda n: weight_of(model.get_submodule(n)))
-            rule = by_curvature if rounding == "feedback" else nearest
+            rule = self.rounder() if rounding == "feedback" else nearest
             compress(model, plan, self.store, rounding=rule, track=on_terminal)
         facts = {"seconds": round(time.monotonic() - started, 1), "rounding": rounding}
         if plan is not None:
             facts |= {"bytes": plan.bytes, "share": plan.bytes / self.dense_bytes, "bits": plan.bits}
             facts |= {"made_of": dict(Counter(f"{spec.kind}, {spec.precision}" for _, spec in plan).most_common())}
-            losses = [spec.loss for _, spec in plan]
-            facts |= {"predicted": sum(x for x in losses if x is not None) if None not in losses else None}
+            facts |= {"predicted": predicted_loss(plan), "candidates": plan.provenance.get("candidates")}
         return facts | {
             "perplexity": {name: perplexity(model, test, track=on_terminal) for name, test in tests.items()}
         }
@@ -123,10 +143,10 @@ def rows() -> list[Row]:
     found: list[Row] = [("dense", None, lambda b: None, "")]
     found += [("nf4, nearest", None, lambda b: b.alone(Precision("nf4")), "nearest")]
     found += [("int4 by 64, nearest", None, lambda b: b.alone(Precision("int4", 64)), "nearest")]
-    for precision in (Precision("int4", 32), Precision("nf4"), Precision("int4", 64)):
+    for precision in (Precision("int8"), Precision("int4", 32), Precision("nf4"), Precision("int4", 64)):
         found += [(str(precision), None, lambda b, p=precision: b.alone(p), "feedback")]
     for share in SHARES:
-        found += [("chosen together", share, lambda b, s=share: b.chosen(s, every), "feedback")]
+        found += [("chosen together", share, lambda b, s=share: b.tried(s, every), "feedback")]
         found += [("pivot and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16), "")]
         found += [("lowrank and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16, ("dense", "lowrank")), "")]
         found += [("ranks, then int4 by 64", share, lambda b, s=share: b.on_top(s, ("dense", "lowrank")), "feedback")]
@@ -169,7 +189,7 @@ def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
     assert budget is not None
     precisions, place = budget.for_model(model_dtype(model)), work / "rounding"
     table = measure_rounding(model, curvature, store, precisions, KINDS, place, device=CPU, track=on_terminal)
-    return Bench(model, curvature, store, table, work / "rounded")
+    return Bench(model, curvature, store, table, work / "rounded", gradients[:JUDGES])
 
 
 def wanted(name: str, share: float | None, options: argparse.Namespace) -> bool:

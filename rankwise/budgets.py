@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.errors import RankwiseError
 from rankwise.plan import RankPlan
-from rankwise.storage import FLOATS, INT4_GROUPS, ITEM_BYTES, WEIGHTS, Precision
+from rankwise.storage import CODED, FLOATS, INT4_GROUPS, ITEM_BYTES, WEIGHTS, Precision
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 SIZES = "a number of bytes, e.g. 5GB (5e9), 4.5GiB, 300MB"
@@ -48,7 +48,9 @@ class ByteBudget:
         """
         plain = [precision.weights for precision in self.precisions if not precision.quantised]
         if wrong := next((name for name in plain if name != dtype), None):
-            allowed = f"the model is loaded in {dtype}; allowed: {dtype}, nf4, int4; see --dtype for the others"
+            allowed = (
+                f"the model is loaded in {dtype}; allowed: {dtype}, {', '.join(CODED)}; see --dtype for the others"
+            )
             raise RankwiseError("weights", wrong, allowed)
         own = [Precision(dtype)] if plain or self.native else []
         return (*own, *(precision for precision in self.precisions if precision.quantised))
@@ -74,7 +76,7 @@ def make_budget(
     Args:
         size: as `parse_size` reads it.
         bits: for each number of the dense model's linear layers.
-        weights: precisions joined by commas; `auto` is the model's own dtype, nf4 and int4.
+        weights: precisions joined by commas; `auto` is the model's own dtype, nf4, int4 and int8.
         group: of int4; None: 32, 64 and 128.
         asymmetric: of int4.
 
@@ -83,7 +85,7 @@ def make_budget(
     """
     if size is None and bits is None:
         return None
-    names = ["nf4", "int4"] if weights == "auto" else weights.split(",")
+    names = list(CODED) if weights == "auto" else weights.split(",")
     found: list[Precision] = []
     for name in dict.fromkeys(names):
         if name not in WEIGHTS:

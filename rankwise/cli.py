@@ -52,14 +52,20 @@ def compress(
     weights: Annotated[
         str,
         typer.Option(
-            help="How layers are stored: bf16, fp16, fp32, nf4, int4; auto: the model's dtype. With a budget of "
-            "bytes: what to choose from, joined by commas; auto: the model's dtype, nf4, int4."
+            help="How layers are stored: bf16, fp16, fp32, nf4, int4, int8; auto: the model's dtype. With a budget of "
+            "bytes: what to choose from, joined by commas; auto: the model's dtype, nf4, int4, int8."
         ),
     ] = "auto",
     group: Annotated[int | None, typer.Option(help="Of int4: columns that share a scale; 32, 64, 128.")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Of int4: a zero point for every group.")] = False,
     rounding: Annotated[
-        str | None, typer.Option(help="To 4 bits: feedback (by the curvature) or nearest; default: feedback.")
+        str | None, typer.Option(help="To 4 or 8 bits: feedback (by the curvature) or nearest; default: feedback.")
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(help="Of a budget of bytes: plans to carry out and judge on text; 1: trust the prediction.")
+    ] = 3,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Store the embedding table and the head in this: int8; default: as they are.")
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave as they are: *.down_proj; repeatable.")
@@ -117,8 +123,8 @@ def compress(
     shared = {"kinds": kinds, "rank_multiple": rank_multiple, "tolerance": tolerance, "sides": sides}
     made = make_method(method or "rankwise", 0.8 if ratio is None else ratio, shared | {"keep": keep}, options or [])
     text = TextConfig(calibration, samples, gradient_samples, seq_len, measure, shuffle, seed, learn, learn_samples)
-    work = device, dtype, curvature, plan, restart, refit, heal, score_only, scores, precision, budget, rounding
-    config = CompressConfig(model, out, made, text, *work)
+    work = device, dtype, curvature, plan, restart, refit, heal, score_only, scores, precision, budget
+    config = CompressConfig(model, out, made, text, *work, rounding, candidates, embeddings)
     commands.compress(config, as_json)
 
 
@@ -193,6 +199,9 @@ def report(
     checkpoint: Checkpoint,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: CHECKPOINT-report.")] = None,
     against: Against = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="A further model for the table and the figures; repeatable.")
+    ] = None,
     text: Text = TEST_TEXT,
     windows: Windows = 16,
     seq_len: SeqLen = TEST_LEN,
@@ -202,10 +211,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one HTML page: rank map, kept energy, perplexity, size, speed. Default --against: the original."""
-    from rankwise import commands
+    from rankwise import reporting
 
     folder = out or checkpoint.with_name(f"{checkpoint.name}-report")
-    commands.report(checkpoint, folder, against, text, windows, seq_len, speed, device, dtype, as_json)
+    reporting.report(checkpoint, folder, against, beside or (), text, windows, seq_len, speed, device, dtype, as_json)
 
 
 @app.command()

@@ -14,9 +14,11 @@ from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
 from rankwise.alloc.teacher import Teacher
 from rankwise.anatomy import linear_shapes
+from rankwise.candidates import choose
 from rankwise.config import CompressConfig
 from rankwise.distributed import from_main, is_main
 from rankwise.engine.checkpoint import PLAN, save
+from rankwise.engine.embeddings import find_ends
 from rankwise.evaluate import perplexity
 from rankwise.files import disk_guard, publish
 from rankwise.jobs import Job
@@ -26,7 +28,7 @@ from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
 from rankwise.quantize import Rounding, nearest
 from rankwise.room import JUDGES, require_room_for, roomy
-from rankwise.rounded import make_rounding, plan_bytes, require_budget
+from rankwise.rounded import byte_plans, make_rounding, require_budget
 from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_scores
 from rankwise.storage import Precision
 from rankwise.weights import needs_curvature, needs_factors, require_fit, rounding_plan
@@ -72,6 +74,8 @@ def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> Rank
 def _check_model(config: CompressConfig, given: RankPlan | None, model: Any) -> None:
     """The plan fits the model, or the budget is within reach: known before work begins."""
     shapes = linear_shapes(model)
+    if config.embeddings:
+        find_ends(model)
     if config.precision is not None:
         rounded = {name: shape for name, shape in shapes.items() if not config.method.pins(name)}
         require_fit(config.precision, rounded, model_dtype(model))
@@ -88,6 +92,10 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     if config.out.exists():  # the last run was killed between the rename and the cleaning up
         return RankPlan.load(config.out / PLAN)
     plan, factors, curvature = _from_scores(work) if config.scores else _from_text(work, given)
+    if config.embeddings:
+        plan.embeddings = dict.fromkeys(find_ends(model), config.embeddings)
+    elif given is not None:
+        plan.embeddings = given.embeddings
     before = _perplexity(work)
     whole = plan.stored_as(Precision(model_dtype(model)))  # healing comes before rounding
     teacher = _teach(work) if config.heal > 0 and whole.compressed else None
@@ -122,7 +130,7 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
     store, curvature = measure(work, work.folder / FACTORS)
     plan, _ = _plan(work, given, store, curvature)
     plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
-    plan.provenance = provenance(config, curvature.identity, weights)
+    plan.provenance |= provenance(config, curvature.identity, weights)
     return plan, _refit(work, plan, store, curvature) if config.refits else store, curvature
 
 
@@ -156,8 +164,7 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
     if given is not None:
         return config.method.restate(given, store, weights), None
     if config.budget is not None:
-        table = work.folder / "rounding"
-        return plan_bytes(config, work.model, store, curvature, table, work.track), None
+        return _plan_bytes(work, store, curvature), None
     if not config.method.learns:
         return config.method.allocate(store, weights), None
     device, folder = resolve_device(config.device), work.folder / "learning"
@@ -166,6 +173,17 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
     plan = config.method.allocate(store, weights, calibration)
     work.model.to("cpu")
     return plan, calibration.learnt
+
+
+def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> RankPlan:
+    """The best plan under a byte budget that was tried."""
+    config, model = work.config, work.model
+    plans = byte_plans(config, model, store, curvature, work.folder / "rounding", work.track)
+    rounding: Rounding = nearest
+    if config.feeds_back:
+        rounding = make_rounding(config, model, curvature, work.folder / "rounded", fitted=False)
+    judges = work.windows["gradients"][:JUDGES]
+    return choose(plans, model, store, rounding, judges, resolve_device(config.device), work.track)
 
 
 def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> Refitted:

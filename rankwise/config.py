@@ -8,7 +8,7 @@ from typing import Any
 from rankwise.budgets import ByteBudget
 from rankwise.errors import RankwiseError
 from rankwise.jobs import is_free
-from rankwise.storage import Precision
+from rankwise.storage import EMBEDDINGS, Precision
 from rankwise.weights import raised
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -100,11 +100,14 @@ class CompressConfig:
         heal: steps of distillation after that; 0 is none.
         score_only: write spectra, what was learnt and factors into `out`, and no checkpoint.
         scores: such a folder: make the plan from it, without text.
-        precision: how every layer's numbers are stored; None is the model's dtype, or what `plan` says. For 4 bits the
-            method's rank multiple is raised so that groups divide the ranks.
+        precision: how every layer's numbers are stored; None is the model's dtype, or what `plan` says. For nf4 and
+            int4 the method's rank multiple is raised so that groups divide the ranks.
         budget: bytes instead of a ratio: then precisions are chosen layer by layer, together with kinds and ranks.
-        rounding: to 4 bits: `feedback` makes up for errors in the metric of the curvature, `nearest` does not; None is
-            `feedback` unless the plan is made from scores, which hold no curvature.
+        rounding: to 4 or 8 bits: `feedback` makes up for errors in the metric of the curvature, `nearest` does not;
+            None is `feedback` unless the plan is made from scores, which hold no curvature.
+        candidates: with a `budget`: plans of nearly the least predicted loss that are carried out, and judged on the
+            windows of the output gradients; 1 trusts the prediction.
+        embeddings: what the embedding table and the head are stored in: `int8`, or None: as they are.
     """
 
     model: str
@@ -123,15 +126,19 @@ class CompressConfig:
     precision: Precision | None = None
     budget: ByteBudget | None = None
     rounding: str | None = None
+    candidates: int = 3
+    embeddings: str | None = None
 
     def __post_init__(self) -> None:
         check_count("heal", self.heal, 0)
+        check_count("candidates", self.candidates, 1)
+        check("embeddings", self.embeddings, self.embeddings in (None, *EMBEDDINGS), ", ".join(EMBEDDINGS))
         self._check_bytes()
         scored = self.score_only and self.precision is not None
         check("score_only", "with weights", not scored, "one of score_only and weights: scores hold no weights")
         if self.precision is not None:
             object.__setattr__(self, "method", raised(self.method, self.precision))
-        for name in ("scores", "plan", "refit", "heal"):
+        for name in ("scores", "plan", "refit", "heal", "embeddings"):
             given = getattr(self, name)
             check("score_only", f"with {name}", not (self.score_only and given), f"one of score_only and {name}")
         check("scores", "with plan", not (self.scores and self.plan), "one of scores and plan")
@@ -153,7 +160,7 @@ class CompressConfig:
 
     @property
     def feeds_back(self) -> bool:
-        """True if what is rounded to 4 bits is rounded by what the curvature says."""
+        """True if what is rounded to 4 or 8 bits is rounded by what the curvature says."""
         return self.rounding == "feedback" or (self.rounding is None and self.scores is None)
 
     @property

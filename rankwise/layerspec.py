@@ -28,7 +28,7 @@ class LayerSpec:
         out_features: m, rows of the weight `[m, n]`.
         in_features: n.
         rank: k, with `1 <= k <= min(m, n)`; for dense layers the full rank.
-        weights: how numbers are stored: `bf16`, `fp16`, `fp32`, `nf4` or `int4`.
+        weights: how numbers are stored: `bf16`, `fp16`, `fp32`, `nf4`, `int4` or `int8`.
         energy: share of the metric's energy kept, 0..1 (None if unknown).
         loss: predicted increase of the loss, nats a token, by the curvature's quadratic model (None if unknown).
         indices: the kept components, rising, where they are not the first `rank` (any-k selection); else None.
@@ -107,7 +107,7 @@ class LayerSpec:
 
     @property
     def quantised(self) -> bool:
-        """True if the numbers are stored in 4 bits."""
+        """True if the numbers are stored in 4 or 8 bits."""
         return self.precision.quantised
 
     @property

@@ -14,6 +14,7 @@ from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.engine.doors.hf import attach
+from rankwise.engine.embeddings import code_embeddings, find_ends
 from rankwise.engine.layers import CompressedLinear, build_layer
 from rankwise.errors import RankwiseError
 from rankwise.plan import LayerSpec, RankPlan
@@ -86,7 +87,7 @@ def compress(
         model: the model that the plan was made for; it is changed and returned.
         plan: from `allocate`, or read from JSON.
         factors: needed for a plan read from JSON, unless every layer stays dense; a fresh plan carries its own.
-        rounding: makes 4-bit codes of the factors (and of dense weights) where the plan says so.
+        rounding: makes codes of 4 or 8 bits of the factors (and of dense weights) where the plan says so.
         track: progress.
 
     Raises:
@@ -97,6 +98,8 @@ def compress(
         raise RankwiseError("factors", None, "a plan read from JSON needs the factors of its model")
     linears = {name: module for block in block_linears(model) for name, module in block.items()}
     check_plan(plan, {name: features(linear) for name, linear in linears.items()} if store is None else store.shapes)
+    if plan.embeddings:
+        _code_tables(model, plan)
     with track("layers", len(plan.compressed)) as advance:
         for name, spec in plan.compressed.items():
             old = linears.pop(name)  # its memory is free once the new layer is in place
@@ -108,8 +111,14 @@ def compress(
             if (weight := store.weight(name)) is not None:
                 weight_of(module).copy_(weight)
                 _require_finite(f"{name}.weight", weight_of(module))
-    attach(model, plan.compressed)
+    attach(model, plan.compressed, plan.embeddings)
     return model
+
+
+def _code_tables(model: Any, plan: RankPlan) -> None:
+    if plan.embeddings.keys() != find_ends(model).keys():
+        raise RankwiseError("embeddings", ", ".join(plan.embeddings), "allowed: this model's table and head")
+    code_embeddings(model, next(iter(plan.embeddings.values())))
 
 
 @torch.no_grad()
@@ -118,7 +127,7 @@ def round_layers(model: Any, plan: RankPlan, rounding: Rounding = nearest, *, tr
 
     Args:
         model: made by `compress`.
-        plan: some of its layers are to be stored in 4 bits.
+        plan: some of its layers are to be stored in 4 or 8 bits.
         rounding: as in `compress`.
         track: progress.
     """
@@ -130,7 +139,7 @@ def round_layers(model: Any, plan: RankPlan, rounding: Rounding = nearest, *, tr
             parts |= {"pivot_index": old.pivot_index} if spec.kind == "pivot" else {}
             _replace(model, name, spec, parts, old, rounding)
             advance()
-    attach(model, plan.compressed)
+    attach(model, plan.compressed, plan.embeddings)
 
 
 def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]]) -> None:

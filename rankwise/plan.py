@@ -12,9 +12,9 @@ from typing import Any
 from rankwise.errors import RankwiseError
 from rankwise.files import read_json, write_json
 from rankwise.layerspec import KINDS, LayerSpec, layer_parameters
-from rankwise.storage import Precision
+from rankwise.storage import EMBEDDINGS, Precision
 
-__all__ = ["FORMAT", "KINDS", "LayerSpec", "RankPlan", "check_format", "layer_parameters"]
+__all__ = ["FORMAT", "KINDS", "LayerSpec", "RankPlan", "check_embeddings", "check_format", "layer_parameters"]
 
 FORMAT = 1
 OPTIONAL = {"indices": None, "group": None, "asymmetric": False}  # fields that JSON carries only where they are set
@@ -29,12 +29,15 @@ class RankPlan:
         other_bytes: bytes of everything else in the checkpoint: embeddings, head, norms, biases, guards.
         provenance: base model, method, options, seed, text, versions, measured perplexities.
         factors: handle on the factors that the plan was made from; lives in memory only.
+        embeddings: what the embedding table, and a head that is not tied to it, are stored in, by module name; empty:
+            as the dense model has them. Their bytes are among `other_bytes`.
     """
 
     layers: dict[str, LayerSpec]
     other_bytes: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
     factors: Any = field(default=None, repr=False, compare=False)
+    embeddings: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[str, LayerSpec]]:
         return iter(self.layers.items())
@@ -66,12 +69,12 @@ class RankPlan:
 
     @property
     def compressed(self) -> dict[str, LayerSpec]:
-        """The layers that do not stay as they were: factored, or stored in 4 bits."""
+        """The layers that do not stay as they were: factored, or stored in 4 or 8 bits."""
         return {name: spec for name, spec in self if spec.compressed}
 
     @property
     def quantised(self) -> bool:
-        """True if the numbers of some layer are stored in 4 bits."""
+        """True if the numbers of some layer are stored in 4 or 8 bits."""
         return any(spec.quantised for _, spec in self)
 
     @property
@@ -100,6 +103,7 @@ class RankPlan:
             "format": FORMAT,
             "ratio": self.ratio,
             "other_bytes": self.other_bytes,
+            **({"embeddings": self.embeddings} if self.embeddings else {}),
             "layers": layers,
             "provenance": self.provenance,
         }
@@ -116,7 +120,7 @@ class RankPlan:
             raise RankwiseError(f"{source}: other_bytes", other_bytes, "allowed: a whole number from 0")
         if not isinstance(provenance, dict):
             raise RankwiseError(f"{source}: provenance", provenance, "allowed: an object")
-        return cls(layers, other_bytes, provenance)
+        return cls(layers, other_bytes, provenance, embeddings=check_embeddings(data.get("embeddings", {}), source))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -133,6 +137,13 @@ def check_format(found: Any, source: str) -> None:
     if found != FORMAT:
         hint = "upgrade rankwise" if isinstance(found, int) and found > FORMAT else "write it again"
         raise RankwiseError(source, f"format {found!r}", f"this version reads format {FORMAT}: {hint}")
+
+
+def check_embeddings(found: Any, source: str) -> dict[str, str]:
+    """`embeddings` of a plan or a config.json, which `source` names in errors."""
+    if not isinstance(found, Mapping) or not all(stored in EMBEDDINGS for stored in found.values()):
+        raise RankwiseError(f"{source}: embeddings", found, f"allowed: module names, each with {', '.join(EMBEDDINGS)}")
+    return {str(name): str(stored) for name, stored in found.items()}
 
 
 def _entry(spec: LayerSpec) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def identify_job(config: CompressConfig, weights: str) -> dict[str, Any]:
         "score_only": config.score_only,
         "scores": read_json(config.scores / "scores.json") if config.scores else None,
         **({"precision": asdict(config.precision)} if config.precision else {}),
-        **({"budget": asdict(config.budget)} if config.budget else {}),
+        **({"budget": asdict(config.budget), "candidates": config.candidates} if config.budget else {}),
+        **({"embeddings": config.embeddings} if config.embeddings else {}),
         **({"rounding": "feedback" if config.feeds_back else "nearest"} if _rounds(config) else {}),
     }
     return dict(json.loads(json.dumps(identity)))
@@ -49,7 +50,7 @@ def provenance(config: CompressConfig, curvature: dict[str, Any], weights: str) 
     job = identify_job(config, weights)
     options = {"method": "plan", "sides": config.method.sides} if config.plan else job["options"]
     facts = {"model": job["model"], "weights": weights, "options": options, "calibration": job["calibration"]}
-    facts |= {key: job[key] for key in ("precision", "budget", "rounding") if key in job}
+    facts |= {key: job[key] for key in ("precision", "budget", "embeddings", "rounding") if key in job}
     return {**facts, "curvature": curvature, "versions": versions()}
 
 

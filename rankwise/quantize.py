@@ -7,6 +7,7 @@ import torch
 from rankwise.errors import RankwiseError
 from rankwise.kernels import quantize_int4, quantize_nf4
 from rankwise.kernels.int4 import Int4
+from rankwise.kernels.int8 import Int8, quantize_int8
 from rankwise.kernels.nf4 import NF4
 from rankwise.layerspec import LayerSpec
 
@@ -33,13 +34,17 @@ def quantize(matrix: torch.Tensor, spec: LayerSpec) -> dict[str, torch.Tensor]:
         raise RankwiseError("matrix", "NaN or Inf", "finite numbers are needed")
     if spec.weights == "nf4":
         return stored_tensors(quantize_nf4(matrix))
+    if spec.weights == "int8":
+        return stored_tensors(quantize_int8(matrix))
     return stored_tensors(quantize_int4(matrix, spec.precision.block, not spec.asymmetric))
 
 
-def stored_tensors(matrix: Int4 | NF4) -> dict[str, torch.Tensor]:
+def stored_tensors(matrix: Int4 | NF4 | Int8) -> dict[str, torch.Tensor]:
     """What is stored of a rounded matrix, by suffix, as `storage.Precision.tensors` lists it."""
     if isinstance(matrix, NF4):
         return {"_nf4": matrix.codes, "_absmax": matrix.absmax}
+    if isinstance(matrix, Int8):
+        return {"_int8": matrix.codes, "_scale": matrix.scale}
     zero = {} if matrix.zero is None else {"_zero": matrix.zero}
     return {"_int4": matrix.codes, "_scale": matrix.scale, **zero}
 

@@ -6,13 +6,16 @@ from typing import Any
 import torch
 
 from rankwise.alloc.curvature import Curvature
-from rankwise.alloc.joint import joint_choices, plan_within, require_bytes
+from rankwise.alloc.joint import StoredChoices, plan_within, require_bytes
+from rankwise.alloc.methods.base import Method
+from rankwise.alloc.near import near_plans
 from rankwise.alloc.precisions import measure_rounding
 from rankwise.alloc.rounder import Rounder
 from rankwise.alloc.store import FactorStore
 from rankwise.anatomy import block_linears, linear_shapes, weight_of
 from rankwise.budgets import ByteBudget, checkpoint_bytes
 from rankwise.config import CompressConfig
+from rankwise.engine.embeddings import coded_tensors
 from rankwise.errors import RankwiseError
 from rankwise.plan import LayerSpec, RankPlan
 from rankwise.progress import Track
@@ -21,10 +24,12 @@ from rankwise.zoo import model_dtype, resolve_device
 TRIES = 6  # plans until a checkpoint's size meets the budget: what is beside the layers depends on them a little
 
 
-def plan_bytes(
+def byte_plans(
     config: CompressConfig, model: Any, store: FactorStore, curvature: Curvature, folder: Path, track: Track
-) -> RankPlan:
-    """Kind, rank and precision of every layer under the job's byte budget.
+) -> dict[str, RankPlan]:
+    """Plans under the job's byte budget: kind, rank and precision of every layer.
+
+    One is the best of all choices; others are the best of fewer, as far as their predicted loss is near.
 
     Args:
         config: with a `budget`.
@@ -34,15 +39,28 @@ def plan_bytes(
         folder: for the table of what rounding costs.
         track: progress.
 
+    Returns:
+        At most `config.candidates`, by what they were chosen from, the least predicted loss first.
+
     Raises:
         RankwiseError: the budget is below the smallest plan.
     """
-    budget, method, dtype = _budget(config), config.method, model_dtype(model)
-    precisions = budget.for_model(dtype)
-    kinds, device = method.kinds, resolve_device(config.device)
-    table = measure_rounding(model, curvature, store, precisions, kinds, folder, device=device, track=track)
-    choices = joint_choices(method, store, table, precisions, dtype)
-    others, target = others_of(model), linear_target(config, model)
+    method, dtype, device = config.method, model_dtype(model), resolve_device(config.device)
+    precisions = _budget(config).for_model(dtype)
+    table = measure_rounding(model, curvature, store, precisions, method.kinds, folder, device=device, track=track)
+
+    def within(method: Method, choices: dict[str, StoredChoices]) -> RankPlan:
+        return _within(config, method, store, choices, model)
+
+    return near_plans(method, store, table, precisions, dtype, within, config.candidates)
+
+
+def _within(
+    config: CompressConfig, method: Method, store: FactorStore, choices: dict[str, StoredChoices], model: Any
+) -> RankPlan:
+    """The best plan under the job's budget; of `--size`, what is beside the layers depends on them a little."""
+    budget, dtype = _budget(config), model_dtype(model)
+    others, target = others_of(config, model), linear_target(config, model)
     best: RankPlan | None = None
     for _ in range(TRIES):
         plan = plan_within(method, store, choices, target)
@@ -53,7 +71,7 @@ def plan_bytes(
             best = plan
         if 0 <= left <= method.tolerance * budget.size / 2:
             break
-        target += left
+        target = target + left if left >= 0 else min(target, plan.bytes) + left  # below a plan that is too large
     if best is None:
         raise RankwiseError("size", budget.size, "a few bytes more are needed")
     return best
@@ -82,13 +100,14 @@ def linear_target(config: CompressConfig, model: Any) -> int:
         return int(budget.bits * sum(m * n for m, n in shapes.values()) / 8)
     assert budget.size is not None
     plain = RankPlan({name: LayerSpec("dense", m, n, min(m, n), dtype) for name, (m, n) in shapes.items()})
-    return max(0, budget.size - (checkpoint_bytes(plain, others_of(model), dtype) - plain.bytes))
+    return max(0, budget.size - (checkpoint_bytes(plain, others_of(config, model), dtype) - plain.bytes))
 
 
-def others_of(model: Any) -> dict[str, torch.Tensor]:
-    """Everything that is saved of a model but the weights of its linear layers."""
+def others_of(config: CompressConfig, model: Any) -> dict[str, torch.Tensor]:
+    """Everything that will be saved of a model but the weights of its linear layers; coded tables are empty ones."""
     known = {f"{name}.weight" for block in block_linears(model) for name in block}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in known}
+    found = {name: tensor for name, tensor in model.state_dict().items() if name not in known}
+    return coded_tensors(model, found, config.embeddings) if config.embeddings else found
 
 
 def make_rounding(config: CompressConfig, model: Any, curvature: Curvature, folder: Path, *, fitted: bool) -> Rounder:

@@ -1,7 +1,7 @@
 """How numbers are stored: precisions, and the tensors that a matrix becomes in a checkpoint. Plain data, no torch.
 
-In 16 or 32 bits a matrix `[rows, columns]` is one tensor under its own name. In 4 bits it is several, under its name
-and a suffix: codes, two a byte, and what the codes of a row's consecutive columns share.
+In 16 or 32 bits a matrix `[rows, columns]` is one tensor under its own name. In 4 or 8 bits it is several, under its
+name and a suffix: codes, two or one a byte, and what the codes of a row, or of consecutive columns of one, share.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from math import prod
 from rankwise.errors import RankwiseError
 
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # to torch's names
-WEIGHTS = (*FLOATS, "nf4", "int4")
+CODED = ("nf4", "int4", "int8")
+WEIGHTS = (*FLOATS, *CODED)
+EMBEDDINGS = ("int8",)  # what embedding tables and heads may be stored in
 NF4_BLOCK = 64  # columns that share an absmax
 INT4_GROUPS = (32, 64, 128)  # columns that may share a scale
-ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+ITEM_BYTES = {"uint8": 1, "int8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Precision:
     """How the numbers of a layer are stored.
 
     Args:
-        weights: `bf16`, `fp16`, `fp32`, `nf4` (QLoRA, 2305.14314) or `int4`.
-        group: of `int4`: columns that share a scale, 32, 64 or 128; None for all others (`nf4` has blocks of 64).
+        weights: `bf16`, `fp16`, `fp32`, `nf4` (QLoRA, 2305.14314), `int4` or `int8`.
+        group: of `int4`: columns that share a scale, 32, 64 or 128; None for all others (`nf4` has blocks of 64, and
+            in `int8` a row has one scale).
         asymmetric: of `int4`: every group has a zero point of its own.
 
     Raises:
@@ -68,13 +71,13 @@ class Precision:
 
     @property
     def quantised(self) -> bool:
-        """True for 4 bits."""
+        """True for 4 and 8 bits."""
         return self.weights not in FLOATS
 
     @property
     def block(self) -> int:
-        """Columns that share a scale; it divides the columns of every matrix. 1 where nothing is shared."""
-        return self.group or (NF4_BLOCK if self.quantised else 1)
+        """What divides the columns of every matrix: those that share a scale. 1 where any number of columns will do."""
+        return self.group or (NF4_BLOCK if self.weights == "nf4" else 1)
 
     def require_blocks(self, what: str, columns: int) -> None:
         """Raise a RankwiseError unless whole blocks make up a number of columns; `what` is its name."""
@@ -85,7 +88,7 @@ class Precision:
             allowed = f"allowed: ranks that are multiples of {self.block}"
         else:
             groups = [str(group) for group in INT4_GROUPS if columns % group == 0]
-            others = [*([f"int4 with group {' or '.join(groups)}"] if groups else []), *FLOATS]
+            others = [*([f"int4 with group {' or '.join(groups)}"] if groups else []), "int8", *FLOATS]
             allowed = f"allowed: {', '.join(others)}"
         raise RankwiseError(field, value, f"{self.block} does not divide {what} {columns}; {allowed}")
 
@@ -93,6 +96,8 @@ class Precision:
         """What a matrix becomes: the suffix of each tensor's name, and the tensor."""
         if not self.quantised:
             return {"": Stored((rows, columns), FLOATS[self.weights])}
+        if self.weights == "int8":
+            return {"_int8": Stored((rows, columns), "int8"), "_scale": Stored((rows, 1), "bfloat16")}
         codes, shared = Stored((rows, columns // 2), "uint8"), (rows, columns // self.block)
         if self.weights == "nf4":
             return {"_nf4": codes, "_absmax": Stored(shared, "float32")}

@@ -24,7 +24,13 @@ SHORT_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong is told by `_require_complete`
 # GGUF names its pre-tokenizer; these split numbers into digits, which the conversion to `tokenizers` drops.
 DIGIT_SPLITTERS = ("smollm",)
-OURS = (".lowrank_", ".pivot_", ".weight_nf4", ".weight_int4")  # in names of tensors of compressed layers
+OURS = (
+    ".lowrank_",
+    ".pivot_",
+    ".weight_nf4",
+    ".weight_int4",
+    ".weight_int8",
+)  # in names of tensors of compressed layers
 
 
 def resolve_device(device: str) -> torch.device:

@@ -241,7 +241,7 @@ OPTIONS = {
     ),
     "group-that-does-not-divide": Case(
         option("--weights", "int4", "--group", "32"),
-        ("model.layers.0.mlp.down_proj.group: 32;", "32 does not divide in_features 48", "allowed: bf16, fp16, fp32"),
+        ("model.layers.0.mlp.down_proj.group: 32;", "32 does not divide in_features 48", "allowed: int8, bf16"),
     ),
     "group-unknown": Case(option("--weights", "int4", "--group", "48"), ("group: 48;", "for int4: 32, 64, 128")),
     "group-without-int4": Case(option("--group", "64"), ("group: 64;", "allowed: with --weights int4")),

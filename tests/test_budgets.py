@@ -80,7 +80,7 @@ def test_options_make_a_budget() -> None:
     every = make_budget("5GB", None, "auto", None, False)
     assert every is not None
     int4 = tuple(Precision("int4", group) for group in (32, 64, 128))
-    assert every.for_model("fp16") == (Precision("fp16"), Precision("nf4"), *int4)
+    assert every.for_model("fp16") == (Precision("fp16"), Precision("nf4"), *int4, Precision("int8"))
     some = make_budget(None, 3.2, "bf16,int4", 64, True)
     assert some is not None
     assert some.for_model("bf16") == (Precision("bf16"), Precision("int4", 64, True))
@@ -116,6 +116,16 @@ def test_bits_are_met_and_never_exceeded(bits: float, config: Callable[..., Comp
     assert plan.provenance["budget"]["bits"] == bits
     assert plan.provenance["rounding"] == "feedback"
     assert "int4" in {spec.weights for _, spec in plan}
+    tried = plan.provenance["candidates"]
+    assert 1 <= len(tried) <= 3
+    assert all((entry["measured"] is None) == (len(tried) == 1) for entry in tried)
+
+
+def test_one_candidate_is_the_prediction(config: Callable[..., CompressConfig]) -> None:
+    plan = compress_to_folder(config("a", few(None, 3.0), rankwise.Global(rank_multiple=1), candidates=1))
+    assert [entry["measured"] for entry in plan.provenance["candidates"]] == [None]
+    with pytest.raises(RankwiseError, match=r"^candidates: 0; allowed: a whole number from 1"):
+        config("b", few(None, 3.0), candidates=0)
 
 
 @pytest.mark.parametrize("size", [450_000, 700_000, 1_200_000])
@@ -124,6 +134,23 @@ def test_a_size_is_that_of_the_weight_files(size: int, config: Callable[..., Com
     assert 0.985 * size < weight_bytes(tmp_path / "a") <= size
     assert verify(tmp_path / "a") >= 6
     assert open_checkpoint(tmp_path / "a")[0] == plan
+
+
+def test_embeddings_in_8_bits_leave_more_for_the_layers(config: Callable[..., CompressConfig], tmp_path: Path) -> None:
+    budget, method = few("700000", None), rankwise.Global(rank_multiple=1)
+    plain = compress_to_folder(config("a", budget, method))
+    coded = compress_to_folder(config("b", budget, method, embeddings="int8"))
+    assert coded.embeddings == {"model.embed_tokens": "int8"}
+    assert coded.bytes > plain.bytes + 0.95 * (plain.other_bytes - coded.other_bytes)
+    for out in ("a", "b"):
+        assert 0.985 * 700_000 < weight_bytes(tmp_path / out) <= 700_000
+        assert verify(tmp_path / out) >= 6
+    assert coded.provenance["embeddings"] == "int8"
+    assert "`model.embed_tokens` is stored as int8." in (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(RankwiseError, match=r"^embeddings: nf4; allowed: int8"):
+        config("c", budget, embeddings="nf4")
+    with pytest.raises(RankwiseError, match=r"^score_only: with embeddings"):
+        config("c", None, score_only=True, embeddings="int8")
 
 
 def test_more_than_dense_is_the_dense_model(config: Callable[..., CompressConfig], tmp_path: Path, wide: Path) -> None:
@@ -191,13 +218,17 @@ def test_the_command(wide: Path, text_file: Path, tmp_path: Path, capfd: pytest.
     command = ["compress", str(wide), "--out", str(tmp_path / "out"), "--size", "1.2MB", "--method", "global"]
     command += ["--calibration", str(text_file), "--measure", "1", "--seq-len", "32", "--samples", "4"]
     command += ["--gradient-samples", "2", "--keep", "*.layers.1.*_proj", "--json"]
+    command += ["--embeddings", "int8", "--candidates", "2"]
     with pytest.raises(SystemExit) as ended:
         main(command)
     told = capfd.readouterr()
-    assert ended.value.code == 0
+    assert ended.value.code == 0, told.err
     facts = json.loads(told.out.splitlines()[-1])
     assert 1_180_000 < weight_bytes(tmp_path / "out") <= 1_200_000
     assert facts["bits"] < 32
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "out"), "--verify"])
+    assert "model.embed_tokens: int8" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         main([*command, "--ratio", "0.5"])
     assert "ratio: 0.5; allowed: left out with --size" in capfd.readouterr().err

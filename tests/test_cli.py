@@ -29,7 +29,7 @@ COMMANDS = {
     "generate": ["--max-tokens", "--temperature", "--top-p", "--chat", "--seed", "--json"],
     "bench": ["--against", "--engine", "--prompt", "--new-tokens", "--batch", "--load", "--mix", "--out", "--json"],
     "serve": ["--host", "--port", "--name", "--api-key", "--max-queue", "--timeout", "--grace", "--json"],
-    "report": ["--out", "--against", "--speed", "--json"],
+    "report": ["--out", "--against", "--beside", "--speed", "--json"],
     "demo": ["--out", "--ratio", "--json"],
 }
 

@@ -1,4 +1,4 @@
-"""What rounding to 4 bits will cost, before it is done: for choosing precisions of all layers together.
+"""What rounding to 4 or 8 bits will cost, before it is done: for choosing precisions of all layers together.
 
 Error feedback (`feedback.py`) leaves a matrix the loss `½ Σ_ij E_i D_j e_ij²`, where D and E are the squared diagonals
 of its moments' triangles and e_ij is what rounding one number leaves. That is taken as uniform over a step of the grid,
@@ -14,6 +14,7 @@ from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.feedback import Triangle, triangle
 from rankwise.alloc.rounding import turned
 from rankwise.alloc.scales import Grid
+from rankwise.kernels.int8 import MOST
 
 
 def expected_dense(
@@ -73,7 +74,7 @@ def expected_pivot(
 
 def fits(matrix: torch.Tensor, grid: Grid) -> bool:
     """Whether whole groups make up a matrix's columns."""
-    return matrix.shape[1] % grid.group == 0
+    return matrix.shape[1] % grid.width(matrix.shape[1]) == 0
 
 
 Measured = tuple[torch.Tensor, Triangle, Triangle | None]  # a matrix, and what errors of its columns and rows cost
@@ -90,11 +91,12 @@ def _factored(grids: Sequence[Grid], first: Measured, second: Measured) -> list[
 
 def _matrix(matrix: torch.Tensor, grid: Grid, columns: Triangle, rows: Triangle | None) -> float:
     """`½ Σ_ij E_i D_j step_ij² / 12` of one matrix `[m, n]`."""
-    groups = matrix.unflatten(1, (-1, grid.group))
-    if grid.symmetric:  # the largest number lies on code 0, eight steps from the middle
-        step = groups.abs().amax(2) / 8
+    width = grid.width(matrix.shape[1])
+    groups = matrix.unflatten(1, (-1, width))
+    if grid.symmetric:  # int4's largest number lies on code 0, eight steps from the middle; nf4's is as good as that
+        step = groups.abs().amax(2) / (MOST if grid.name == "int8" else 8)
     else:
         step = (groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)) / 15
-    cost = columns.weights.unflatten(0, (-1, grid.group)).sum(1)
+    cost = columns.weights.unflatten(0, (-1, width)).sum(1)
     each = step.square() @ cost
     return float(each.sum() if rows is None else each @ rows.weights) / 24

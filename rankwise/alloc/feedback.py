@@ -64,7 +64,7 @@ def round_columns(w: torch.Tensor, inputs: Triangle, scales: Scales, grid: Grid)
         grid: the format.
     """
     order, m = inputs.order, inputs.unit
-    w, scale, zero = (t[:, order] for t in (w, *_spread(scales, grid)))
+    w, scale, zero = (t[:, order] for t in (w, *_spread(scales, grid, w.shape[1])))
     levels, error, inverse = torch.zeros_like(w), torch.zeros_like(w), reciprocal(scale)
     for left in range(0, w.shape[1], TILE):
         c = slice(left, min(left + TILE, w.shape[1]))
@@ -84,7 +84,9 @@ def round_both(w: torch.Tensor, inputs: Triangle, outputs: Triangle, scales: Sca
     """
     n, m = outputs.unit, inputs.unit
     rows, columns = (-(-size // TILE) for size in w.shape)
-    w, scale, zero = (_padded(t[outputs.order][:, inputs.order], rows, columns) for t in (w, *_spread(scales, grid)))
+    w, scale, zero = (
+        _padded(t[outputs.order][:, inputs.order], rows, columns) for t in (w, *_spread(scales, grid, w.shape[1]))
+    )
     n, m = _padded(n, rows, rows, unit=True), _padded(m, columns, columns, unit=True)
     levels, error, mixed = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)  # mixed: N Δ
     for wave in range(rows + columns - 1):
@@ -146,6 +148,7 @@ def _padded(matrix: torch.Tensor, rows: int, columns: int, *, unit: bool = False
     return full
 
 
-def _spread(scales: Scales, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def _spread(scales: Scales, grid: Grid, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero of each number, `[m, n]`."""
-    return scales.scale.repeat_interleave(grid.group, 1), scales.zero.repeat_interleave(grid.group, 1)
+    each = grid.width(n)
+    return scales.scale.repeat_interleave(each, 1), scales.zero.repeat_interleave(each, 1)

@@ -32,7 +32,7 @@ class Trust:
         rounding: factor on what rounding is expected to add.
     """
 
-    rank: float = 2.0
+    rank: float = 3.0
     rounding: float = 1.25
 
 
@@ -155,13 +155,11 @@ def stored_choices(
         allowed: kinds and precisions.
     """
     m, n = scores.shapes[name]
-    tail = np.concatenate([np.cumsum(method._worth(scores.energies[name])[::-1])[::-1], [0.0]]) / 2
     rows: list[tuple[int, float, str, int, Precision]] = []
     for kind, precision in allowed:
         ranks, costs = _costs(m, n, kind, precision, method.rank_multiple)
         if len(ranks):
-            lost = 0.0 if kind == "dense" else trust.rank * tail[ranks]
-            losses = lost + trust.rounding * table.loss(name, kind, ranks, precision)
+            losses = _losses(method, name, scores, table, kind, ranks, precision, trust)
             rows += [(int(c), float(x), kind, int(k), precision) for c, x, k in zip(costs, losses, ranks, strict=True)]
     best: list[tuple[int, float, str, int, Precision]] = []
     for row in sorted(rows, key=lambda row: row[:2]):
@@ -169,6 +167,31 @@ def stored_choices(
             best.append(row)
     cost, loss, kinds, ranks_, stored = zip(*best, strict=True)
     return StoredChoices(tuple(kinds), np.array(ranks_), np.array(cost), np.array(loss), m * n, tuple(stored))
+
+
+def priced(plan: RankPlan, method: Method, scores: Scores, table: RoundingTable) -> RankPlan:
+    """The same plan with the loss that `joint_plan` would predict for each layer, however it was made."""
+    layers = {}
+    for name, spec in plan:
+        loss = _losses(method, name, scores, table, spec.kind, np.array([spec.rank]), spec.precision, Trust())
+        layers[name] = replace(spec, loss=float(loss[0]))
+    return replace(plan, layers=layers)
+
+
+def _losses(
+    method: Method,
+    name: str,
+    scores: Scores,
+    table: RoundingTable,
+    kind: str,
+    ranks: np.ndarray,
+    precision: Precision,
+    trust: Trust,
+) -> np.ndarray:
+    """Predicted loss of a layer at some ranks `[c]`, nats a token."""
+    tail = np.concatenate([np.cumsum(method._worth(scores.energies[name])[::-1])[::-1], [0.0]]) / 2
+    lost = 0.0 if kind == "dense" else trust.rank * tail[ranks]
+    return np.asarray(lost + trust.rounding * table.loss(name, kind, ranks, precision))
 
 
 def _allowed(method: Method, name: str, precisions: Sequence[Precision], dtype: str) -> list[tuple[str, Precision]]:

@@ -102,7 +102,8 @@ class Rounder:
 
 def grid_of(precision: Precision) -> Grid:
     """A 4-bit precision as the rounding has it."""
-    return Grid(precision.weights, precision.block, not precision.asymmetric)
+    group = None if precision.weights == "int8" else precision.block
+    return Grid(precision.weights, group, not precision.asymmetric)
 
 
 def _product(parts: Tensors) -> torch.Tensor:

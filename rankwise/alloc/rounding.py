@@ -1,4 +1,4 @@
-"""Weights and factors in 4 bits, rounded so that the output changes least: `½ tr(F ΔW C ΔWᵀ)`, ΔW = W - Ŵ.
+"""Weights and factors in 4 or 8 bits, rounded so that the output changes least: `½ tr(F ΔW C ΔWᵀ)`, ΔW = W - Ŵ.
 
 A dense weight: scales are searched, then entries rounded with error feedback (`feedback.py`).
 Factors U V: V first, in the metric of C and of `Uᵀ F U`, which says what its rows are worth. U is then solved again for
@@ -24,7 +24,7 @@ SEED = 0  # of the rotation
 
 
 class Rounded(NamedTuple):
-    """One layer in 4 bits.
+    """One layer in 4 or 8 bits.
 
     Args:
         tensors: `weight`; or `u` and `v`; or `basis` and `coeff`.
@@ -148,7 +148,7 @@ def round_pivot(
 
 
 def _feedback(w: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor | None) -> Quantized:
-    if w.shape[1] % grid.group:
+    if w.shape[1] % grid.width(w.shape[1]):
         raise RankwiseError("group", grid.group, f"one that divides the {w.shape[1]} columns of each matrix")
     columns = triangle(inputs)
     scales = search_scales(w, columns.weights, grid)

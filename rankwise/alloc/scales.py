@@ -1,9 +1,9 @@
-"""Which numbers 4 bits can say: grids of `int4` and `nf4`, and the scales of groups that lose least.
+"""Which numbers 4 and 8 bits can say: grids of `int4`, `nf4` and `int8`, and the scales of groups that lose least.
 
-A number is stored as `level · scale`: int4's levels are `code - zero`, nf4's are a table. Round-to-nearest puts the
-largest number of a group on the outermost level; a smaller scale clips that one and says all others more finely. The
-search tries a row of scales, of both signs for symmetric int4, and weighs the squared error of each column by what it
-costs: the input's second moment, or with error feedback what later columns cannot make up for.
+A number is stored as `level · scale`: int4's levels are `code - zero`, nf4's are a table, int8's the codes. Round-to-
+nearest puts the largest number of a group on the outermost level; a smaller scale clips that one and says all others
+more finely. The search tries a row of scales, of both signs for symmetric int4, and weighs the squared error of each
+column by what it costs: the input's second moment, or with error feedback what later columns cannot make up for.
 """
 
 from collections.abc import Iterator
@@ -16,56 +16,69 @@ import torch
 from rankwise.errors import RankwiseError
 from rankwise.kernels.fragments import join_nibbles
 from rankwise.kernels.int4 import GROUPS, Int4, dequantize_int4, quantize_int4
+from rankwise.kernels.int8 import MOST, Int8, dequantize_int8, quantize_int8
 from rankwise.kernels.nf4 import BLOCK, LEVELS, NF4, dequantize_nf4, quantize_nf4
 
-NAMES = ("int4", "nf4")
+NAMES = ("int4", "nf4", "int8")
 SHRINK = (0.5, 1.15, 30)  # scales that are tried, times that of round-to-nearest: from, to, how many
 MIDDLE = 8  # the zero point of symmetric int4
 
-Quantized = Int4 | NF4
+Quantized = Int4 | NF4 | Int8
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A 4-bit format.
+    """A format of 4 or 8 bits.
 
     Args:
-        name: `int4` or `nf4`.
-        group: columns that share a scale: 32, 64 or 128 for int4, 64 for nf4.
-        symmetric: int4 without zero points; nf4 has none.
+        name: `int4`, `nf4` or `int8`.
+        group: columns that share a scale: 32, 64 or 128 for int4, 64 for nf4; None for int8: all of a row.
+        symmetric: int4 without zero points; the others have none.
 
     Raises:
         RankwiseError: a name or group that the kernels do not have.
     """
 
     name: str = "int4"
-    group: int = 64
+    group: int | None = 64
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        allowed = {"int4": GROUPS, "nf4": (BLOCK,)}
+        allowed: dict[str, tuple[int | None, ...]] = {"int4": GROUPS, "nf4": (BLOCK,), "int8": (None,)}
         if self.name not in allowed:
             raise RankwiseError("grid", self.name, f"allowed: {', '.join(NAMES)}")
         if self.group not in allowed[self.name]:
             raise RankwiseError("group", self.group, f"of {self.name}: {', '.join(map(str, allowed[self.name]))}")
 
+    def width(self, columns: int) -> int:
+        """Of the columns of a matrix, those that share a scale; 1 at least."""
+        return self.group or max(columns, 1)
+
     def levels(self, x: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The levels nearest to numbers in units of their scale; `zero` broadcasts with them."""
         if self.name == "int4":
             return torch.clamp(x.round(), -zero, 15 - zero)
+        if self.name == "int8":
+            return x.round().clamp(-MOST, MOST)
         table, between = _table(x.dtype, x.device)
         return table[torch.bucketize(x.contiguous(), between)]
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
-        """A scale as the file keeps it: bf16 for int4, fp32 and not negative for nf4."""
+        """A scale as the file keeps it: bf16 for int4, that and not negative for int8, fp32 and so for nf4."""
         if self.name == "int4":
             return scale.bfloat16().to(scale.dtype)
-        return scale.float().abs().to(scale.dtype)
+        return (scale.bfloat16() if self.name == "int8" else scale.float()).abs().to(scale.dtype)
 
     def nearest(self, w: torch.Tensor) -> Quantized:
         """Round-to-nearest, as the kernels' own functions do it."""
         w = w.contiguous()
-        return quantize_nf4(w) if self.name == "nf4" else quantize_int4(w, self.group, self.symmetric)
+        if self.name == "int8":
+            return quantize_int8(w)
+        return (
+            quantize_nf4(w)
+            if self.group is None or self.name == "nf4"
+            else quantize_int4(w, self.group, self.symmetric)
+        )
 
 
 class Scales(NamedTuple):
@@ -73,7 +86,7 @@ class Scales(NamedTuple):
 
     Args:
         scale: as stored.
-        zero: 0..15; 8 everywhere if symmetric, and not looked at for nf4.
+        zero: 0..15; 8 everywhere if symmetric; only int4 looks at it.
     """
 
     scale: torch.Tensor
@@ -84,12 +97,13 @@ def search_scales(w: torch.Tensor, weights: torch.Tensor, grid: Grid) -> Scales:
     """The scale (and zero) of each group for which `Σ_j weights_j (w_j - ŵ_j)²` is least among those tried.
 
     Args:
-        w: `[m, n]` fp64; `grid.group` divides n. The search is in fp32.
+        w: `[m, n]` fp64; `grid.group` divides n, if there is one. The search is in fp32.
         weights: `[n]`, not negative.
         grid: the format.
     """
-    groups = w.float().unflatten(1, (-1, grid.group))
-    cost = (weights / weights.max().clamp_min(1e-300)).float().unflatten(0, (-1, grid.group))
+    width = grid.width(w.shape[1])
+    groups = w.float().unflatten(1, (-1, width))
+    cost = (weights / weights.max().clamp_min(1e-300)).float().unflatten(0, (-1, width))
     best = error = None
     for scale, zero in _candidates(groups, grid):
         off = groups - grid.levels(groups * reciprocal(scale), zero) * scale
@@ -110,8 +124,9 @@ def _candidates(groups: torch.Tensor, grid: Grid) -> Iterator[tuple[torch.Tensor
     factors = [1.0, one_less, *torch.linspace(*SHRINK).tolist()]
     most, least = groups.amax(2, keepdim=True).clamp(min=0), groups.amin(2, keepdim=True).clamp(max=0)
     middle = torch.full_like(most, MIDDLE)
-    if grid.name == "nf4":
-        yield from ((grid.stored(torch.maximum(most, -least) * f), middle) for f in factors)
+    if grid.name != "int4":
+        outermost = MOST if grid.name == "int8" else 1
+        yield from ((grid.stored(torch.maximum(most, -least) * f / outermost), middle) for f in factors)
     elif grid.symmetric:
         base = torch.where(most > -least, -most, -least) / 8  # the largest number, sign and all, on code 0
         yield from ((grid.stored(base * f), middle) for f in factors)
@@ -129,13 +144,17 @@ def pack(levels: torch.Tensor, scales: Scales, grid: Grid) -> Quantized:
     if grid.name == "nf4":
         codes = torch.bucketize(levels.contiguous(), _table(levels.dtype, levels.device)[1]).to(torch.uint8)
         return NF4(join_nibbles(codes, high_first=True), scales.scale.float())
-    codes = (levels + scales.zero.repeat_interleave(grid.group, 1)).to(torch.uint8)
+    if grid.name == "int8":
+        return Int8(levels.to(torch.int8), scales.scale.bfloat16())
+    codes = (levels + scales.zero.repeat_interleave(grid.width(levels.shape[1]), 1)).to(torch.uint8)
     zero = None if grid.symmetric else scales.zero.to(torch.uint8)
     return Int4(join_nibbles(codes, high_first=False), scales.scale.bfloat16(), zero)
 
 
 def decoded(tensor: Quantized) -> torch.Tensor:
     """The matrix `[m, n]` fp64 that the bytes stand for."""
+    if isinstance(tensor, Int8):
+        return dequantize_int8(tensor).double()
     return (dequantize_nf4(tensor) if isinstance(tensor, NF4) else dequantize_int4(tensor)).double()
 
 

@@ -33,5 +33,6 @@ def write_card(folder: Path, plan: RankPlan) -> None:
     how = ", as truncated factors" if any(spec.kind != "dense" for _, spec in plan) else ""
     precisions = "; ".join(sorted({str(spec.precision) for _, spec in plan}))
     stored = f" Stored as {precisions}." if plan.quantised else ""
+    stored += "".join(f" `{name}` is stored as {weights}." for name, weights in plan.embeddings.items())
     text = CARD.format(ratio=plan.ratio, base=base, how=how, stored=stored)
     (folder / "README.md").write_text(text, encoding="utf-8")

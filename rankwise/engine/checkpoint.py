@@ -20,11 +20,11 @@ from rankwise.files import (
     read_json,
     write_checksums,
 )
-from rankwise.plan import FORMAT, LayerSpec, RankPlan, check_format
+from rankwise.plan import FORMAT, LayerSpec, RankPlan, check_embeddings, check_format
 
 PLAN = "plan.json"
 CONFIG = "config.json"
-DTYPES = {"uint8": "U8", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}  # safetensors' names
+DTYPES = {"uint8": "U8", "int8": "I8", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}  # safetensors' names
 
 
 def config_entry(spec: LayerSpec) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def shapes_on_disk(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
 
 
 def check_headers(files: Iterable[str | Path], specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
-    """Compare tensors on disk with the specs; return their shapes. Of 4-bit layers dtypes are compared too.
+    """Compare tensors on disk with the specs; return their shapes. Of layers in 4 or 8 bits dtypes are compared too.
 
     Raises:
         RankwiseError: a tensor is missing or contradicts the plan. transformers alone would fill a missing one
@@ -153,11 +153,25 @@ def open_checkpoint(folder: str | Path) -> tuple[RankPlan, list[Path]]:
     specs = specs_from_config(config, str(folder / CONFIG))
     plan = RankPlan.load(folder / PLAN) if (folder / PLAN).is_file() else RankPlan(specs)
     planned = {name: config_entry(spec) for name, spec in plan.compressed.items()}
-    if planned != {name: config_entry(spec) for name, spec in specs.items()}:
+    coded = check_embeddings(config.get("embeddings", {}), str(folder / CONFIG))
+    if not (folder / PLAN).is_file():
+        plan.embeddings = coded
+    if planned != {name: config_entry(spec) for name, spec in specs.items()} or plan.embeddings != coded:
         raise RankwiseError(str(folder / PLAN), "contradicts config.json", "both must list the same layers and ranks")
     shards = shard_files(folder)
-    check_headers(shards, plan.layers if (folder / PLAN).is_file() else specs)
+    _check_tables(check_headers(shards, plan.layers if (folder / PLAN).is_file() else specs), coded)
     return plan, shards
+
+
+def _check_tables(shapes: Mapping[str, tuple[int, ...]], coded: Mapping[str, str]) -> None:
+    """Raise a RankwiseError unless every coded table has its codes, scales and guard."""
+    for name in coded:
+        rows = shapes.get(f"{name}.weight_int8", (0,))[0]
+        for part, expected in {"weight_int8": rows, "weight_scale": rows, "weight": 1}.items():
+            found = shapes.get(f"{name}.{part}", ())
+            if not found or found[0] != expected or not rows:
+                problem = f"shape {list(found)}" if found else "missing"
+                raise RankwiseError(f"{name}.{part}", problem, "the folder is damaged; write the checkpoint again")
 
 
 def shard_files(folder: Path) -> list[Path]:

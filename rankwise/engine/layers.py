@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from rankwise.engine.matrices import Matrix, dense, lowrank, pivot
-from rankwise.kernels import NF4, Int4
+from rankwise.kernels import NF4, Int4, Int8
 from rankwise.kernels.backend import use_triton
-from rankwise.kernels.fragments import Fragments
-from rankwise.kernels.quantized import repack
+from rankwise.kernels.quantized import Ready, Stored, repack
 from rankwise.layerspec import LayerSpec
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # of the same size, which no cast touches
@@ -23,11 +22,11 @@ class CompressedLinear(nn.Module):
     weight: a program that does not know rankwise stops at the shape mismatch instead of running with
     random weights. It also answers code that asks a linear layer for `weight.dtype` or `weight.device`.
 
-    In 16 or 32 bits a matrix is a parameter. In 4 bits it is the buffers that `storage.Precision.tensors` lists; their
-    dtypes are part of the format, and `to(dtype)`, `half()` and the like leave them alone.
+    In 16 or 32 bits a matrix is a parameter. In 4 or 8 bits it is the buffers that `storage.Precision.tensors` lists;
+    their dtypes are part of the format, and `to(dtype)`, `half()` and the like leave them alone.
 
     On a GPU matrices in 4 bits are repacked for the kernels at the first use, and then are there twice; `rankwise.LLM`
-    keeps them once.
+    keeps them once. Those in 8 bits are copied only where 16 does not divide their columns.
     """
 
     def __init__(self, spec: LayerSpec, bias: bool, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -35,7 +34,7 @@ class CompressedLinear(nn.Module):
         self.in_features, self.out_features, self.rank = spec.in_features, spec.out_features, spec.rank
         self.precision, self.matrices = spec.precision, spec.matrices
         self._dtype, self._device = dtype, device
-        self._repacked: dict[str, Fragments] = {}
+        self._repacked: dict[str, Ready] = {}
         self.weight = self._tensor(1)
         self.bias = self._tensor(spec.out_features) if bias else None
         for name, shape in self.matrices.items():
@@ -49,10 +48,12 @@ class CompressedLinear(nn.Module):
     def _tensor(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=self._dtype, device=self._device), requires_grad=False)
 
-    def matrix(self, name: str) -> torch.Tensor | Int4 | NF4:
+    def matrix(self, name: str) -> torch.Tensor | Stored:
         """A matrix of the layer, as it is stored."""
         if not self.precision.quantised:
             return self.get_parameter(name)
+        if self.precision.weights == "int8":
+            return Int8(self.get_buffer(f"{name}_int8"), self.get_buffer(f"{name}_scale"))
         if self.precision.weights == "nf4":
             return NF4(self.get_buffer(f"{name}_nf4"), self.get_buffer(f"{name}_absmax"))
         return Int4(
@@ -62,7 +63,7 @@ class CompressedLinear(nn.Module):
     def _operand(self, name: str, x: torch.Tensor) -> Matrix:
         """A matrix as it is best multiplied with x."""
         matrix = self.matrix(name)
-        wanted = torch.is_grad_enabled() and x.requires_grad  # the 4-bit kernels give none back
+        wanted = torch.is_grad_enabled() and x.requires_grad  # the kernels give none back
         if isinstance(matrix, torch.Tensor) or wanted or not use_triton(x):
             return matrix
         if name not in self._repacked:
@@ -70,7 +71,7 @@ class CompressedLinear(nn.Module):
         return self._repacked[name]
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "CompressedLinear":
-        """What `to`, `cuda`, `half` and the like do with every tensor; those in 4 bits move, and keep their dtype."""
+        """What `to`, `cuda`, `half` and the like do with every tensor; buffers move, and keep their dtype."""
         self._repacked.clear()
         kept = {name: tensor.dtype for name, tensor in self._buffers.items() if tensor is not None}
         for name in kept:
@@ -98,7 +99,7 @@ class CompressedLinear(nn.Module):
 
 
 class QuantisedLinear(CompressedLinear):
-    """`y = W x + b` with `weight_nf4` or `weight_int4` and their companions."""
+    """`y = W x + b` with `weight_nf4`, `weight_int4` or `weight_int8` and their companions."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., n]` to `[..., m]`."""
@@ -152,7 +153,7 @@ def build_layer(spec: LayerSpec, bias: bool, dtype: torch.dtype, device: torch.d
     Args:
         spec: of a compressed layer.
         bias: it has one.
-        dtype: of bias, guard, and of the matrices unless they are stored in 4 bits.
+        dtype: of bias, guard, and of the matrices unless they are stored in 4 or 8 bits.
         device: where it is made.
     """
     assert spec.compressed, "a dense layer in 16 or 32 bits is an nn.Linear"

@@ -1,4 +1,4 @@
-"""A matrix as a layer holds it, in 16 bits or more or in 4, and the layers' arithmetic on either."""
+"""A matrix as a layer holds it, in 16 bits or more or in 4 or 8, and the layers' arithmetic on either."""
 
 import torch
 from torch.nn.functional import linear
@@ -10,7 +10,7 @@ Matrix = torch.Tensor | Quantized
 
 
 def dequantised(w: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers `[m, n]` that a matrix stands for; those in 4 bits are worked out in fp32 and rounded once."""
+    """The numbers `[m, n]` that a matrix stands for; those in 4 or 8 bits are worked out in fp32 and rounded once."""
     return w.to(dtype) if isinstance(w, torch.Tensor) else dequantize(w, dtype)
 
 
@@ -20,7 +20,7 @@ def dense(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None) -> torch
 
 
 def lowrank(x: torch.Tensor, v: Matrix, u: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`U (V x) + b`; both matrices are in 4 bits, or neither is."""
+    """`U (V x) + b`; both matrices are in 4 or 8 bits, or neither is."""
     if isinstance(v, torch.Tensor) and isinstance(u, torch.Tensor):
         return lowrank_linear(x, v, u, bias)
     assert not isinstance(v, torch.Tensor)
@@ -31,7 +31,7 @@ def lowrank(x: torch.Tensor, v: Matrix, u: Matrix, bias: torch.Tensor | None = N
 def pivot(
     x: torch.Tensor, index: torch.Tensor, basis: Matrix, coeff: Matrix, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`Pᵀ [I; C] B x + b`, see `kernels.pivot_linear`; both matrices are in 4 bits, or neither is."""
+    """`Pᵀ [I; C] B x + b`, see `kernels.pivot_linear`; both matrices are in 4 or 8 bits, or neither is."""
     if isinstance(basis, torch.Tensor) and isinstance(coeff, torch.Tensor):
         return pivot_linear(x, index, basis, coeff, bias)
     assert not isinstance(basis, torch.Tensor)

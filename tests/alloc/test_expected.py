@@ -11,7 +11,7 @@ from rankwise.alloc.feedback import triangle
 from rankwise.alloc.rounding import round_dense, round_lowrank, round_pivot
 from rankwise.alloc.scales import Grid
 
-GRIDS = [Grid("int4", 32), Grid("int4", 64), Grid("int4", 64, False), Grid("nf4", 64)]
+GRIDS = [Grid("int4", 32), Grid("int4", 64), Grid("int4", 64, False), Grid("nf4", 64), Grid("int8", None)]
 TWO = pytest.mark.parametrize("two", [False, True], ids=["one-sided", "two-sided"])
 
 
@@ -78,4 +78,5 @@ def test_a_group_that_does_not_divide_the_rank_is_no_choice(two: bool) -> None:
     for expected in (expected_lowrank, expected_pivot):
         found = expected(u, v, GRIDS, both(c), both(f))
         assert found[0] < float("inf")
-        assert found[1:] == [float("inf")] * 3
+        assert found[1:4] == [float("inf")] * 3
+        assert found[4] < found[0]  # any rank, and finer steps

@@ -3,7 +3,6 @@
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from fourbit import wide_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import MENU, drawn
 
 import rankwise
 from rankwise.alloc.curvature import collect
@@ -28,7 +28,6 @@ from rankwise.storage import Precision
 
 CPU = torch.device("cpu")
 PRECISIONS = (Precision("fp32"), Precision("nf4"), Precision("int4", 32))
-MENU = (Precision("bf16"), Precision("nf4"), *(Precision("int4", group) for group in (32, 64, 128)))
 METHOD = rankwise.Global(rank_multiple=8)
 
 
@@ -58,32 +57,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def dense_bytes(source: Source) -> int:
     return sum(4 * m * n for m, n in source.store.shapes.values())
-
-
-@dataclass
-class Drawn:
-    """Spectra of a deeper model, drawn at random."""
-
-    shapes: dict[str, tuple[int, int]]
-    energies: dict[str, np.ndarray]
-
-
-def drawn(seed: int) -> tuple[Drawn, RoundingTable]:
-    generator = np.random.default_rng(seed)
-    shapes = {f"{i}.{name}": shape for i in range(30) for name, shape in (("q", (256, 256)), ("up", (704, 256)))}
-    energies, layers = {}, {}
-    for name, (m, n) in shapes.items():
-        full = min(m, n)
-        energies[name] = generator.lognormal() * np.exp(-generator.uniform(1, 6) * np.arange(full) / full)
-        unit = energies[name].sum() * generator.uniform(0.5, 2) * 1e-3
-        layers[name] = {
-            str(precision): {
-                kind: ([full], [worse * unit]) if kind == "dense" else ([64, 192], [unit / 2, worse * unit])
-                for kind, worse in (("dense", 1), ("lowrank", 2), ("pivot", 3))
-            }
-            for precision in MENU[1:]
-        }
-    return Drawn(shapes, energies), RoundingTable(layers, {})
 
 
 @settings(max_examples=12, deadline=None)

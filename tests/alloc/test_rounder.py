@@ -18,13 +18,14 @@ from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.errors import RankwiseError
 from rankwise.kernels.int4 import Int4, dequantize_int4
+from rankwise.kernels.int8 import Int8, dequantize_int8
 from rankwise.kernels.nf4 import NF4, dequantize_nf4
 from rankwise.pipeline import compress
 from rankwise.plan import RankPlan
 from rankwise.storage import Precision
 
 CPU = torch.device("cpu")
-PRECISIONS = [Precision("int4", 32), Precision("nf4"), Precision("int4", 32, True)]
+PRECISIONS = [Precision("int4", 32), Precision("nf4"), Precision("int4", 32, True), Precision("int8")]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,8 @@ def weight(model: Any) -> Callable[[str], torch.Tensor]:
 def stood_for(stored: dict[str, torch.Tensor], part: str) -> torch.Tensor:
     if f"{part}_nf4" in stored:
         return dequantize_nf4(NF4(stored[f"{part}_nf4"], stored[f"{part}_absmax"])).double()
+    if f"{part}_int8" in stored:
+        return dequantize_int8(Int8(stored[f"{part}_int8"], stored[f"{part}_scale"])).double()
     int4 = Int4(stored[f"{part}_int4"], stored[f"{part}_scale"], stored.get(f"{part}_zero"))
     return dequantize_int4(int4).double()
 
@@ -86,7 +89,7 @@ def test_every_layer_is_rounded_in_its_own_metric(source: Any, rounder: Callable
             for part, matrix in found.tensors.items():
                 own = {"weight": "weight", "u": "lowrank_u", "v": "lowrank_v"}.get(part, f"pivot_{part}")
                 assert torch.equal(stood_for(stored, own), decoded(matrix))
-    assert len(kinds) == 9
+    assert len(kinds) == 12
 
 
 def test_what_was_rounded_is_found_again(source: Any, rounder: Callable[..., Rounder], monkeypatch: Any) -> None:

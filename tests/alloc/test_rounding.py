@@ -15,9 +15,10 @@ from rankwise.alloc.rounding import Rounded, _feedback, round_dense, round_lowra
 from rankwise.alloc.scales import Grid, Quantized, Scales, decoded, pack, search_scales
 from rankwise.errors import RankwiseError
 from rankwise.kernels.int4 import Int4, dequantize_int4, repack_int4
+from rankwise.kernels.int8 import Int8
 from rankwise.kernels.nf4 import LEVELS, NF4, repack_nf4
 
-GRIDS = [Grid("int4", 32), Grid("int4", 32, False), Grid("int4", 64), Grid("nf4", 64)]
+GRIDS = [Grid("int4", 32), Grid("int4", 32, False), Grid("int4", 64), Grid("nf4", 64), Grid("int8", None)]
 ALL = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.name}-{g.group}-{'s' if g.symmetric else 'a'}")
 TWO = pytest.mark.parametrize("two", [False, True], ids=["one-sided", "two-sided"])
 
@@ -58,10 +59,10 @@ def pivots(w: torch.Tensor, c: torch.Tensor, f: torch.Tensor | None, rank: int) 
 
 def spoken(w: torch.Tensor, scales: Scales, grid: Grid) -> torch.Tensor:
     """w rounded to the nearest numbers that these scales can say, written without `Grid.levels`."""
-    table = torch.tensor(LEVELS, dtype=torch.float64) if grid.name == "nf4" else torch.arange(16.0).double()
-    groups = w.unflatten(1, (-1, grid.group))[..., None]
-    zero = 0.0 if grid.name == "nf4" else scales.zero[:, :, None, None]
-    numbers = ((table - zero) * scales.scale[:, :, None, None]).expand(*groups.shape[:-1], 16)
+    table = torch.tensor({"nf4": LEVELS, "int4": range(16), "int8": range(-127, 128)}[grid.name], dtype=torch.float64)
+    groups = w.unflatten(1, (-1, grid.width(w.shape[1])))[..., None]
+    zero = scales.zero[:, :, None, None] if grid.name == "int4" else 0.0
+    numbers = ((table - zero) * scales.scale[:, :, None, None]).expand(*groups.shape[:-1], len(table))
     return numbers.gather(-1, (groups - numbers).abs().argmin(-1, keepdim=True))[..., 0].flatten(1)
 
 
@@ -70,7 +71,7 @@ def test_scales_beat_round_to_nearest_in_every_group(grid: Grid) -> None:
     w, weights = draw(6, 128) ** 3, torch.rand(128, generator=torch.Generator().manual_seed(1)).double()
 
     def error(rounded: torch.Tensor) -> torch.Tensor:
-        return ((w - rounded).square() * weights).unflatten(1, (-1, grid.group)).sum(2)
+        return ((w - rounded).square() * weights).unflatten(1, (-1, grid.width(128))).sum(2)
 
     plain, found = error(decoded(grid.nearest(w))), error(spoken(w, search_scales(w, weights, grid), grid))
     assert (found <= plain * 1.0001).all()  # the kernels' functions compute in fp32
@@ -82,14 +83,16 @@ def test_scales_are_nearly_the_best_there_are(grid: Grid) -> None:
     """Against hundreds of scales for each group, of both signs, with every zero point."""
     w, weights = draw(4, 64, seed=2), torch.linspace(0.1, 3, 64, dtype=torch.float64)
     zeros = range(16) if grid.name == "int4" and not grid.symmetric else [8]
-    best = torch.full((4, 64 // grid.group), torch.inf).double()
+    best = torch.full((4, 64 // grid.width(64)), torch.inf).double()
     for share in torch.linspace(0.02, 0.4, 120 if len(zeros) > 1 else 600):
         for sign, zero in itertools.product((1, -1) if grid.name == "int4" and len(zeros) == 1 else (1,), zeros):
-            top = w.unflatten(1, (-1, grid.group)).abs().amax(2) * (8 if grid.name == "nf4" else 1)
+            top = w.unflatten(1, (-1, grid.width(64))).abs().amax(2) * {"nf4": 8, "int4": 1, "int8": 8 / 127}[grid.name]
             scale = Scales(grid.stored(sign * share * top), torch.full_like(top, zero))
-            error = ((w - spoken(w, scale, grid)).square() * weights).unflatten(1, (-1, grid.group)).sum(2)
+            error = ((w - spoken(w, scale, grid)).square() * weights).unflatten(1, (-1, grid.width(64))).sum(2)
             best = torch.minimum(best, error)
-    found = ((w - spoken(w, search_scales(w, weights, grid), grid)).square() * weights).unflatten(1, (-1, grid.group))
+    found = ((w - spoken(w, search_scales(w, weights, grid), grid)).square() * weights).unflatten(
+        1, (-1, grid.width(64))
+    )
     assert found.sum() < 1.05 * best.sum()
 
 
@@ -107,7 +110,7 @@ def test_identity_moments_leave_the_search_of_scales_alone(grid: Grid) -> None:
 def test_bytes_are_what_the_levels_say(grid: Grid) -> None:
     w = draw(5, 128)
     scales = search_scales(w, torch.ones(128, dtype=torch.float64), grid)
-    scale, zero = (t.repeat_interleave(grid.group, 1) for t in scales)
+    scale, zero = (t.repeat_interleave(grid.width(128), 1) for t in scales)
     levels = grid.levels(w / scale, zero)
     torch.testing.assert_close(decoded(pack(levels, scales, grid)), levels * scale, rtol=1e-6, atol=1e-8)
 
@@ -126,7 +129,7 @@ def test_columns_are_rounded_as_the_paper_says(grid: Grid) -> None:
     w, c = draw(6, 128), moment(128)
     tri = triangle(c)
     scales = search_scales(w, tri.weights, grid)
-    scale, zero = (t.repeat_interleave(grid.group, 1) for t in scales)
+    scale, zero = (t.repeat_interleave(grid.width(128), 1) for t in scales)
     left, said = w.clone(), torch.zeros_like(w)
     todo = halves(c).diagonal().argsort(descending=True).tolist()
     while todo:
@@ -147,7 +150,7 @@ def test_both_sides_are_rounded_as_defined(grid: Grid, tile: int, monkeypatch: p
     inputs, outputs = triangle(c), triangle(f)
     scales = search_scales(w, inputs.weights, grid)
     pick = torch.meshgrid(outputs.order, inputs.order, indexing="ij")
-    turned, scale, zero = (t[pick] for t in (w, *(t.repeat_interleave(grid.group, 1) for t in scales)))
+    turned, scale, zero = (t[pick] for t in (w, *(t.repeat_interleave(grid.width(128), 1) for t in scales)))
     levels, off = torch.zeros_like(w), torch.zeros_like(w)
     for i, j in itertools.product(range(10), range(64)):
         wanted = turned[i, j] + outputs.unit[i] @ off @ inputs.unit[j]  # Δ is still 0 from here on
@@ -304,6 +307,12 @@ def test_files_formats_are_kept(grid: Grid) -> None:
 
 def check_format(tensor: Quantized, grid: Grid) -> None:
     m, half = tensor.codes.shape
+    if isinstance(tensor, Int8):
+        assert (tensor.codes.dtype, tensor.scale.dtype) == (torch.int8, torch.bfloat16)
+        assert tensor.scale.shape == (m, 1)
+        assert (tensor.scale >= 0).all()
+        assert int(tensor.codes.min()) >= -127
+        return
     assert tensor.codes.dtype == torch.uint8
     if isinstance(tensor, NF4):
         assert tensor.absmax.dtype == torch.float32
@@ -311,6 +320,7 @@ def check_format(tensor: Quantized, grid: Grid) -> None:
         repack_nf4(tensor)
         return
     assert isinstance(tensor, Int4)
+    assert grid.group is not None
     assert tensor.scale.dtype == torch.bfloat16
     assert tensor.scale.shape == (m, 2 * half // grid.group)
     assert (tensor.zero is None) == grid.symmetric

@@ -1,4 +1,4 @@
-"""4-bit weights from plan to checkpoint, transformers and back: nothing is lost or cast, bytes are as planned."""
+"""Weights in 4 and 8 bits from plan to checkpoint, transformers and back: nothing is lost or cast, bytes as planned."""
 
 import json
 import shutil
@@ -27,8 +27,9 @@ from rankwise.plan import LayerSpec, RankPlan
 from rankwise.storage import Precision
 
 WINDOWS = torch.randint(2, 512, (4, 24), generator=torch.Generator().manual_seed(3))
-FIXED = ("_nf4", "_absmax", "_int4", "_scale", "_zero", "pivot_index")
-MIXTURE = [PRECISIONS[0], Precision("fp32"), *(Precision("int4", *more) for more in ((32, True), (64,), (128, True)))]
+FIXED = ("_nf4", "_absmax", "_int4", "_int8", "_scale", "_zero", "pivot_index")
+MIXTURE = [PRECISIONS[0], Precision("fp32"), *(Precision("int4", *more) for more in ((32, True), (64,)))]
+MIXTURE += [Precision("int8")]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_no_dtype_touches_what_is_stored_in_4_bits(dtype: torch.dtype, mixture: 
     """Neither loading in another dtype nor casting a model that is loaded."""
     folder = mixture[0]
     stored = {name: t for name, t in tensors(folder).items() if name.endswith(FIXED)}
-    assert {t.dtype for t in stored.values()} == {torch.uint8, torch.float32, torch.bfloat16, torch.int32}
+    assert {t.dtype for t in stored.values()} == {torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.int32}
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     assert same({name: loaded.state_dict()[name] for name in stored}, stored)
     cast = loaded.to(torch.float16).to(torch.float32).bfloat16().to(dtype)
@@ -123,11 +124,12 @@ def test_config_and_card_say_what_is_stored(mixture: tuple[Path, RankPlan, Any])
     layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
     assert layers.keys() == plan.compressed.keys()
     entries = list(layers.values())
-    assert {"dense", "lowrank", "pivot"} == {e["kind"] for e in entries if e["weights"] == "nf4"}
+    for weights in ("nf4", "int8"):
+        assert {"dense", "lowrank", "pivot"} >= {e["kind"] for e in entries if e["weights"] == weights} > set()
     assert all(("group" in e) == (e["weights"] == "int4") for e in entries)
     assert any(e.get("asymmetric") for e in entries)
     assert all(e.get("asymmetric", True) for e in entries)
-    stored = "Stored as fp32; int4 by 128, asymmetric; int4 by 32, asymmetric; int4 by 64; nf4."
+    stored = "Stored as fp32; int4 by 32, asymmetric; int4 by 64; int8; nf4."
     assert stored in (folder / "README.md").read_text()
 
 
@@ -137,6 +139,7 @@ DAMAGE: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor | None], str]
     "scales": ("_scale", lambda t: t[:, :1].clone(), "the plan says shape"),
     "dtype-of-scales": ("_scale", lambda t: t.float(), "F32; the plan says BF16"),
     "dtype-of-absmax": ("_absmax", lambda t: t.bfloat16(), "BF16; the plan says F32"),
+    "dtype-of-int8": ("_int8", lambda t: t.view(torch.uint8), "U8; the plan says I8"),
     "dtype-of-codes": ("_int4", lambda t: t.to(torch.int8), "I8; the plan says U8"),
 }
 
@@ -229,6 +232,9 @@ SPECS = [
     LayerSpec("pivot", 96, 128, 64).stored_as(Precision("int4", 32, True)),
     LayerSpec("lowrank", 100, 64, 32).stored_as(Precision("int4", 32)),
     LayerSpec("pivot", 70, 128, 64).stored_as(Precision("nf4")),
+    LayerSpec("dense", 33, 7, 7).stored_as(Precision("int8")),
+    LayerSpec("lowrank", 50, 41, 7).stored_as(Precision("int8")),
+    LayerSpec("pivot", 33, 41, 7).stored_as(Precision("int8")),
 ]
 LAYERS = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}-{s.precision}")
 

@@ -1,4 +1,4 @@
-"""Models wide enough for every group of 4-bit weights, and plans that store them so."""
+"""Models wide enough for every group of quantised weights, and plans that store them so."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from rankwise.storage import Precision
 
 PRECISIONS = [
     Precision("nf4"),
+    Precision("int8"),
     *(Precision("int4", group, asymmetric) for asymmetric in (False, True) for group in (32, 64, 128)),
 ]
 
@@ -59,6 +60,9 @@ def random_layer(spec: LayerSpec, bias: bool, dtype: torch.dtype, generator: tor
             tensor.copy_(torch.randperm(spec.out_features, generator=generator))
         elif tensor.dtype == torch.uint8:
             tensor.copy_(torch.randint(0, 16 if name.endswith("_zero") else 256, tensor.shape, generator=generator))
+        elif tensor.dtype == torch.int8:
+            tensor.copy_(torch.randint(-127, 128, tensor.shape, generator=generator))
         else:
-            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+            fine = spec.precision.weights == "int8" and name.endswith("_scale")  # codes are 16 times as large
+            tensor.copy_((0.1 / 16 if fine else 0.1) * torch.randn(tensor.shape, generator=generator))
     return layer

@@ -15,20 +15,29 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankwise.anatomy import features
 from rankwise.engine.checkpoint import check_headers, config_entry, specs_from_config
+from rankwise.engine.embeddings import place_embeddings
 from rankwise.engine.layers import build_layer
 from rankwise.errors import RankwiseError
-from rankwise.plan import FORMAT, LayerSpec
+from rankwise.plan import FORMAT, LayerSpec, check_embeddings
 
 METHOD = "rankwise"
 
 
 class RankwiseQuantizationConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json: the format and one entry per compressed layer."""
+    """`quantization_config` of config.json: the format, one entry per compressed layer, and coded embeddings."""
 
-    def __init__(self, layers: dict[str, Any] | None = None, format: int = FORMAT, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        layers: dict[str, Any] | None = None,
+        format: int = FORMAT,
+        embeddings: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.quant_method = METHOD
         self.format = format
         self.layers = layers or {}
+        if embeddings:
+            self.embeddings = embeddings
 
 
 class RankwiseQuantizer(HfQuantizer):
@@ -41,9 +50,12 @@ class RankwiseQuantizer(HfQuantizer):
         """Nothing is needed beyond torch."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        specs = specs_from_config(self.quantization_config.to_dict(), "config.json")
+        stored = self.quantization_config.to_dict()
+        specs = specs_from_config(stored, "config.json")
         shapes = check_headers(kwargs.get("checkpoint_files") or [], specs)
         replace_layers(model, specs)
+        if tables := check_embeddings(stored.get("embeddings", {}), "config.json"):
+            place_embeddings(model, tables, torch.device("meta"))
         require_all(model, set(shapes))
 
     def is_serializable(self) -> bool:
@@ -97,13 +109,25 @@ def require_all(model: Any, stored: set[str]) -> None:
         raise RankwiseError(min(missing), "not in the checkpoint", "the folder is incomplete; write it again")
 
 
-def attach(model: Any, specs: dict[str, LayerSpec]) -> None:
+def attach(model: Any, specs: dict[str, LayerSpec], embeddings: dict[str, str] | None = None) -> None:
     """Tell a compressed model in memory what it is, so that `save_pretrained` writes a loadable checkpoint."""
-    config = RankwiseQuantizationConfig(layers={name: config_entry(spec) for name, spec in specs.items()})
+    config = RankwiseQuantizationConfig(
+        {name: config_entry(spec) for name, spec in specs.items()}, embeddings=embeddings
+    )
     model.config.quantization_config = config
     model.hf_quantizer = RankwiseQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
+
+
+def detach(model: Any) -> None:
+    """Undo `attach`: the model's own layers are back."""
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
 
 
 def _find(model: nn.Module, name: str, base: str) -> tuple[nn.Module, str, Any]:

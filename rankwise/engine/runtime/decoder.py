@@ -11,6 +11,8 @@ from rankwise.engine.runtime.batch import Batch
 from rankwise.engine.runtime.mixed import Group, packed_linear
 from rankwise.kernels.attention import decode_attention
 from rankwise.kernels.host import host_linear
+from rankwise.kernels.int8 import Int8, int8_linear
+from rankwise.kernels.int8 import take_rows as take_coded
 from rankwise.kernels.native_linear import HostGroup
 from rankwise.kernels.native_panels import take_rows
 from rankwise.kernels.norm import add_rms_norm, rms_norm
@@ -104,13 +106,15 @@ class Decoder:
         blocks: in order.
         norm: the last one.
         head: `[vocabulary, hidden]`, perhaps the embedding itself, perhaps of `kernels.host.prepare`, or a group.
+        coded: the embedding in 8 bits, in place of `embed`, which is empty then.
     """
 
     shape: Shape
     embed: torch.Tensor
     blocks: tuple[Block, ...]
     norm: torch.Tensor
-    head: torch.Tensor | HostGroup
+    head: torch.Tensor | HostGroup | Int8
+    coded: Int8 | None = None
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
@@ -137,7 +141,9 @@ class Decoder:
     def begin(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """What the first block is given, `[T, hidden]`: the embeddings, normed and as they are."""
         shape = self.shape
-        if isinstance(self.head, HostGroup) and not len(self.embed):
+        if self.coded is not None:
+            stream = take_coded(self.coded, batch.ids, self.embed.dtype)
+        elif isinstance(self.head, HostGroup) and not len(self.embed):
             stream = take_rows(self.head.firsts[0].panels, batch.ids)
         else:
             stream = embedding(batch.ids, self.embed)
@@ -148,7 +154,10 @@ class Decoder:
     def finish(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits of the rows that the batch wants, from what the last norm gave."""
         x = x if len(batch.last) == len(x) else x.index_select(0, batch.last)
-        logits = self.head(x) if isinstance(self.head, HostGroup) else host_linear(x, self.head)
+        if isinstance(self.head, Int8):
+            logits = int8_linear(x, self.head)
+        else:
+            logits = self.head(x) if isinstance(self.head, HostGroup) else host_linear(x, self.head)
         cap = self.shape.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

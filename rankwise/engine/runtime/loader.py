@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.engine.embeddings import CodedEmbedding, TiedHead
 from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
 from rankwise.engine.runtime.decoder import Block, Decoder, Rotary, Shape
 from rankwise.engine.runtime.mixed import Group, Quantised, group_of, quantised_member, stored
 from rankwise.errors import RankwiseError
 from rankwise.kernels import Dense, LowRank, Pivot
 from rankwise.kernels.host import prepare
+from rankwise.kernels.int8 import Int8
 from rankwise.kernels.members import Member
 from rankwise.kernels.native_linear import HostGroup, Layer, host_group, suits
 
@@ -47,8 +49,25 @@ def convert(model: Any, most_positions: int) -> Decoder:
         kind = getattr(layer.self_attn, "layer_type", None) or _layer_type(config, index)
         blocks.append(_block(layer, angles.get(kind, angles[""]), _window(config, kind)))
         _empty(layer)
-    embed, head = _ends(model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data)
-    return Decoder(_shape(config), embed, tuple(blocks), _own(inner.norm.weight.data), head)
+    table, top = model.get_input_embeddings(), model.get_output_embeddings()
+    coded = isinstance(table, CodedEmbedding)
+    ends = _coded_ends(table, top) if coded else (*_ends(table.weight.data, top.weight.data), None)
+    embed, head, codes = ends
+    return Decoder(_shape(config), embed, tuple(blocks), _own(inner.norm.weight.data), head, codes)
+
+
+def _coded_ends(table: CodedEmbedding, top: Any) -> tuple[torch.Tensor, HostGroup | Int8, Int8 | None]:
+    """The same of coded ones: an empty embedding, the head, and the table unless the head's numbers are the same."""
+    tied = isinstance(top, TiedHead)
+    coded, head = table.table(), table.table() if tied else top.matrix("weight")
+    empty, layers = (
+        table.weight.data.new_empty(0, table.embedding_dim),
+        [Layer(head, None, None, None, len(head.codes))],
+    )
+    if suits(layers, empty.dtype):
+        return empty, host_group(layers), None if tied else Int8(*map(_own, coded))
+    coded = Int8(*map(_own, coded))
+    return empty, coded if tied else Int8(*map(_own, head)), coded
 
 
 def _ends(embed: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | HostGroup]:

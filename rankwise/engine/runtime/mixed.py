@@ -1,8 +1,9 @@
-"""Groups of linear layers some of which are stored in 4 bits: the members run one after another.
+"""Groups of linear layers some of which are stored in 4 or 8 bits: the members run one after another.
 
-On a GPU a matrix in 4 bits runs in the order of the kernels. On a CPU `int4` in a bf16 model runs as it is, by the
-product that PyTorch has for it. It has none for `nf4`, and none worth using in other dtypes: there matrices are written
-out in the model's dtype when they are loaded, once, and have the speed and the size in memory of dense ones.
+On a GPU such a matrix runs in the order of the kernels. On a CPU without our functions `int4` in a bf16 model runs by
+the product that PyTorch has for it. It has none for `nf4`, none worth using in other dtypes, and `int8` has our
+functions alone: there matrices are written out in the model's dtype when they are loaded, once, and have the speed
+and the size in memory of dense ones.
 """
 
 from collections.abc import Sequence
@@ -16,20 +17,20 @@ from rankwise import kernels
 from rankwise.engine.layers import CompressedLinear, PivotLinear
 from rankwise.engine.matrices import dense, dequantised, lowrank
 from rankwise.engine.runtime.hostint4 import HostInt4, suits
-from rankwise.kernels import NF4, Dense, Int4, LowRank, Packed, Pivot, pack
-from rankwise.kernels.fragments import Fragments
+from rankwise.kernels import Dense, Int4, LowRank, Packed, Pivot, pack
 from rankwise.kernels.members import Member
 from rankwise.kernels.native_linear import HostGroup, Layer
 from rankwise.kernels.pack import prepared
-from rankwise.kernels.quantized import repack
+from rankwise.kernels.quantized import Ready as OnGPU
+from rankwise.kernels.quantized import Stored, repack
 from rankwise.kernels.swiglu import swiglu as gated
 
-Ready = Fragments | HostInt4  # a matrix in 4 bits that can be multiplied as it is
+Ready = OnGPU | HostInt4  # a matrix in 4 or 8 bits that can be multiplied as it is
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A layer that runs in 4 bits.
+    """A layer that runs in 4 or 8 bits.
 
     Args:
         first: W, V or the pivots' basis.
@@ -47,10 +48,10 @@ class Quantised:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., n]` to `[..., m]`."""
-        if isinstance(self.first, Fragments) and isinstance(self.second, Fragments) and self.index is None:
-            return lowrank(x, self.first, self.second, self.bias)
         if self.second is None:
             return _product(x, self.first, self.bias)
+        if self.index is None and not isinstance(self.first, HostInt4) and not isinstance(self.second, HostInt4):
+            return lowrank(x, self.first, self.second, self.bias)
         z = _product(x, self.first)
         if self.index is None:
             return _product(z, self.second, self.bias)
@@ -97,7 +98,7 @@ def stored(module: nn.Module) -> Layer:
 
 
 def quantised_member(layer: CompressedLinear, names: Sequence[str], index: torch.Tensor | None) -> Member | Quantised:
-    """What runs a layer that is stored in 4 bits: as it is, or written out.
+    """What runs a layer that is stored in 4 or 8 bits: as it is, or written out.
 
     Args:
         layer: of `engine.layers`.
@@ -106,8 +107,9 @@ def quantised_member(layer: CompressedLinear, names: Sequence[str], index: torch
     """
     dtype, bias = layer.weight.dtype, None if layer.bias is None else layer.bias.data
     stored = [layer.matrix(name) for name in names]
-    if all(isinstance(w, NF4 | Int4) and _runs(w, dtype) for w in stored):
-        ready = [_ready(w) for w in stored if isinstance(w, NF4 | Int4)]
+    coded = [w for w in stored if not isinstance(w, torch.Tensor)]
+    if len(coded) == len(stored) and all(_runs(w, dtype) for w in coded):
+        ready = [_ready(w) for w in coded]
         return Quantised(ready[0], ready[1] if len(ready) > 1 else None, index, bias, layer.out_features)
     plain = [dequantised(w, dtype) for w in stored]
     if len(plain) == 1:
@@ -137,19 +139,19 @@ def packed_linear(
     return y if residual is None else y + residual
 
 
-def _runs(w: Int4 | NF4, dtype: torch.dtype) -> bool:
+def _runs(w: Stored, dtype: torch.dtype) -> bool:
     return _on_gpu(w) or (isinstance(w, Int4) and suits(w, dtype))
 
 
-def _on_gpu(w: Int4 | NF4) -> bool:
+def _on_gpu(w: Stored) -> bool:
     return w.codes.is_cuda
 
 
-def _ready(w: Int4 | NF4) -> Ready:
+def _ready(w: Stored) -> Ready:
     return HostInt4.of(w) if isinstance(w, Int4) and not _on_gpu(w) else repack(w)
 
 
 def _product(x: torch.Tensor, w: Ready, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if isinstance(w, Fragments):
+    if not isinstance(w, HostInt4):
         return dense(x, w, bias)
     return w(x) if bias is None else w(x) + bias

@@ -1,4 +1,4 @@
-"""Groups with layers in 4 bits say what the layers say, and the engine what transformers says."""
+"""Groups with layers in 4 and 8 bits say what the layers say, and the engine what transformers says."""
 
 import random
 from copy import deepcopy
@@ -28,7 +28,8 @@ from rankwise.plan import LayerSpec
 from rankwise.storage import Precision
 
 WINDOWS = torch.randint(2, 512, (4, 24), generator=torch.Generator().manual_seed(3))
-MIXTURE = [PRECISIONS[0], Precision("fp32"), *(Precision("int4", *more) for more in ((32, True), (64,), (128, True)))]
+MIXTURE = [PRECISIONS[0], Precision("fp32"), *(Precision("int4", *more) for more in ((32, True), (64,)))]
+MIXTURE += [Precision("int8"), Precision("int4", 128, True)]
 NEW = 12
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
 
@@ -56,7 +57,9 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint: Path) -> None:
     running = Engine(
         convert(model.to(DEVICE), 128), EngineConfig(blocks=60, block_size=4, most_tokens=16, most_length=80)
     )
-    assert not any(t.numel() for n, t in model.state_dict().items() if n.endswith(("_nf4", "_int4", "_absmax")))
+    assert not any(
+        t.numel() for n, t in model.state_dict().items() if n.endswith(("_nf4", "_int4", "_int8", "_absmax"))
+    )
     sequences = [running.add(prompt, GREEDY) for prompt in prompts()]
     for _ in running.run():
         pass
@@ -136,6 +139,7 @@ def test_what_stays_in_4_bits_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kept("odd", Precision("int4", 64), torch.bfloat16)
     assert not kept("dense", Precision("int4", 64), torch.float32)
     assert not kept("dense", Precision("nf4"), torch.bfloat16)
+    assert not kept("dense", Precision("int8"), torch.bfloat16)
     [layer] = layers([SPECS["dense"].stored_as(Precision("int4", 64))], torch.bfloat16, bias=False)
     group = packed([layer])
     assert isinstance(group, Mixed)
@@ -145,13 +149,13 @@ def test_what_stays_in_4_bits_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="how a CPU keeps them")
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_what_the_functions_keep_in_4_bits(precision: Precision) -> None:
+def test_what_the_functions_keep(precision: Precision) -> None:
     """All that there is, and nothing twice."""
     members = layers([SPECS["dense"].stored_as(precision)], torch.bfloat16, bias=False)
     if not suits_functions([stored(member) for member in members], torch.bfloat16):
         pytest.skip("codes cannot be looked up here")
-    scales = 96 * 128 // precision.block * 4
-    assert tensor_bytes(tensors_in(packed(members))) == 96 * 128 // 2 + scales
+    codes, shared = (96 * 128, 128) if precision.weights == "int8" else (96 * 128 // 2, precision.block)
+    assert tensor_bytes(tensors_in(packed(members))) == codes + 96 * 128 // shared * 4
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="PyTorch's product on a CPU")

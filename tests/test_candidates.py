@@ -1,0 +1,91 @@
+"""Candidates: the plan that is really better is taken, and the model is as it was."""
+
+import math
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fourbit import wide_model
+
+import rankwise
+from rankwise.alloc.curvature import collect
+from rankwise.alloc.store import FactorStore, factorize_model
+from rankwise.anatomy import block_linears
+from rankwise.candidates import choose
+from rankwise.evaluate import perplexity
+from rankwise.pipeline import compress
+from rankwise.plan import RankPlan
+from rankwise.progress import silent
+from rankwise.quantize import nearest
+from rankwise.storage import Precision
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(2, 512, (8, 48), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, FactorStore, dict[str, RankPlan]]:
+    """A model, and plans of which the first claims to lose nothing."""
+    folder, model = tmp_path_factory.mktemp("candidates"), wide_model()
+    curvature = collect(model, WINDOWS[:4], WINDOWS[4:6], folder / "curvature", device=CPU)
+    store = factorize_model(model, curvature, folder / "factors", sides="two", device=CPU)
+    low, high = (rankwise.Global(ratio).allocate(store, "fp32") for ratio in (0.2, 0.8))
+    rounded = high.stored_as(Precision("int8"))
+    claimed = {name: replace(spec, loss=0.0) for name, spec in low}
+    return model, store, {"low": replace(low, layers=claimed), "rounded": rounded, "high": high}
+
+
+def test_the_least_measured_loss_decides(source: Any) -> None:
+    model, store, plans = source
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    chosen = choose(plans, model, store, nearest, WINDOWS[6:], CPU, silent)
+    measured = {
+        name: math.log(perplexity(compress(deepcopy(model), plan, store, rounding=nearest), WINDOWS[6:]))
+        for name, plan in plans.items()
+    }
+    assert chosen is plans[min(measured, key=lambda name: measured[name])]
+    turned = dict(reversed(plans.items()))
+    assert choose(turned, model, store, nearest, WINDOWS[6:], CPU, silent) is chosen
+    told = {entry["of"]: entry["measured"] for entry in chosen.provenance["candidates"]}
+    assert told == pytest.approx(measured)
+    assert next(x for x in chosen.provenance["candidates"] if x["of"] == "low")["predicted"] == 0.0
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert block_linears(model)  # it may be compressed
+
+
+def test_one_plan_is_not_tried(source: Any) -> None:
+    model, store, plans = source
+    only = {"low": plans["low"]}
+    assert choose(only, model, store, pytest.fail, WINDOWS[6:], CPU, silent) is plans["low"]
+    assert choose(plans, model, store, pytest.fail, WINDOWS[:0], CPU, silent) is plans["low"]
+    assert plans["low"].provenance["candidates"][0]["measured"] is None
+
+
+def test_a_model_survives_a_candidate_that_fails(source: Any) -> None:
+    model, store, plans = source
+    calls = 0
+
+    def fails(*given: Any) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return nearest(*given)
+
+    expected = model(WINDOWS[:1]).logits
+    with pytest.raises(KeyboardInterrupt):
+        choose({"rounded": plans["rounded"], "high": plans["high"]}, model, store, fails, WINDOWS[6:], CPU, silent)
+    assert torch.equal(model(WINDOWS[:1]).logits, expected)
+    assert block_linears(model)
+
+
+def test_a_checkpoint_of_the_model_is_no_compressed_one(source: Any, tmp_path: Path) -> None:
+    model, store, plans = source
+    choose(plans, model, store, nearest, WINDOWS[6:], CPU, silent)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
