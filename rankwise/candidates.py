@@ -19,6 +19,8 @@ from rankwise.plan import RankPlan
 from rankwise.progress import Track
 from rankwise.room import roomy
 
+MARGIN = 2e-3  # nats a token: what so few windows cannot tell apart; the prediction decides then
+
 
 def choose(
     plans: dict[str, RankPlan],
@@ -29,10 +31,10 @@ def choose(
     device: torch.device,
     track: Track,
 ) -> RankPlan:
-    """The plan of least loss on some windows; the first one where there are no others, or no windows.
+    """The plan of least loss on some windows; the first one where none is clearly better, or there are no windows.
 
     Args:
-        plans: by what they were chosen from, from `rounded.byte_plans`.
+        plans: by what they were chosen from, from `rounded.byte_plans`, the least predicted loss first.
         model: dense; as it was afterwards.
         store: its factors.
         rounding: as the job rounds; what it keeps on disk is found again when the chosen plan is carried out for good.
@@ -49,7 +51,10 @@ def choose(
             with carried_out(plan, model, store, rounding, track):
                 losses[name] = math.log(perplexity(model.to(roomy(device, model)), judges, track=track))
                 model.to("cpu")
+    first = next(iter(plans))
     best = min(plans, key=lambda name: losses.get(name, math.inf))
+    if losses and losses[first] - losses[best] < MARGIN:
+        best = first
     tried = [{"of": name, "predicted": predicted_loss(plans[name]), "measured": losses.get(name)} for name in plans]
     plans[best].provenance["candidates"] = tried
     return plans[best]

@@ -58,6 +58,17 @@ def test_the_least_measured_loss_decides(source: Any) -> None:
     assert block_linears(model)  # it may be compressed
 
 
+def test_where_text_cannot_tell_the_prediction_decides(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plans that differ by less than the margin: the first one stays, whichever it is."""
+    model, store, plans = source
+    monkeypatch.setattr("rankwise.candidates.MARGIN", 0.1)
+    for names in (("high", "rounded"), ("rounded", "high")):
+        two = {name: plans[name] for name in names}
+        assert choose(two, model, store, nearest, WINDOWS[6:], CPU, silent) is plans[names[0]]
+        first, second = (entry["measured"] for entry in plans[names[0]].provenance["candidates"])
+        assert first != second
+
+
 def test_one_plan_is_not_tried(source: Any) -> None:
     model, store, plans = source
     only = {"low": plans["low"]}
