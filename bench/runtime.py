@@ -92,12 +92,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--compressed", help="a rankwise folder of the same model")
+    return parse_shape(parser, RESULTS)
+
+
+def parse_shape(parser: argparse.ArgumentParser, out: Path) -> argparse.Namespace:
+    """What is timed, and where rows go: options that both benches of speed have."""
     parser.add_argument("--batch", type=int, action="append", help="requests at once; repeatable [1 and 16]")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=out)
     options = parser.parse_args()
     options.batch = options.batch or [1, 16]
     return options

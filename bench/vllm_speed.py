@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from bench.runtime import figures, kept, line
+from bench.runtime import figures, kept, line, parse_shape
 from rankwise.bench import BenchConfig, bench, line_up
 from rankwise.errors import RankwiseError
 from rankwise.progress import on_terminal
@@ -81,15 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--compressed", required=True, help="a rankwise folder of the same model")
     parser.add_argument("--text", required=True, help="prompts are cut from it")
-    parser.add_argument("--batch", type=int, action="append", help="requests at once; repeatable [1 and 16]")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens")
-    parser.add_argument("--new", type=int, default=128, help="tokens")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    options.batch = options.batch or [1, 16]
-    return options
+    return parse_shape(parser, RESULTS)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rankwise.cli import main
 from rankwise.text import read_text
 from rankwise.zoo import quiet_transformers
 
@@ -103,6 +104,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Ca
         return made[family]
 
     return folder
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """`run("eval", folder, "--json")`: stdout and stderr of a command, if it ends with the right exit code."""
+
+    def command(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert ended.value.code == code, err
+        return out, err
+
+    return command
 
 
 @pytest.fixture(scope="session")

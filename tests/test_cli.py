@@ -36,21 +36,6 @@ COMMANDS = {
 Run = Callable[..., tuple[str, str]]
 
 
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; its stdout and stderr, if it ends with the exit code that is expected."""
-
-    def command(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert ended.value.code == code, err
-        return out, err
-
-    return command
-
-
 def only_line(out: str) -> dict[str, Any]:
     """The JSON object that is all of stdout."""
     assert out.count("\n") == 1, out

@@ -16,21 +16,6 @@ JOB_OPTIONS = ["--samples", "2", "--gradient-samples", "1", "--seq-len", "32", "
 Run = Callable[..., tuple[str, str]]
 
 
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; its stdout and stderr, if it ends with the exit code that is expected."""
-
-    def command(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert ended.value.code == code, err
-        return out, err
-
-    return command
-
-
 @pytest.fixture(scope="module")
 def dense(model_folder: Callable[[str], Path]) -> Path:
     return model_folder("llama")

@@ -11,7 +11,6 @@ import datasets
 import pytest
 import torch
 
-from rankwise.cli import main
 from rankwise.errors import RankwiseError
 from rankwise.tasks import accuracy, load_tasks, mean_accuracy, measurer
 
@@ -202,22 +201,13 @@ def test_without_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------- the command
 
 
-def run(capfd: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    out, err = capfd.readouterr()
-    assert ended.value.code == code, err
-    return out, err
-
-
 def test_eval_prints_both_models(
-    folder: Path, model_folder: Callable[[str], Path], text_file: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, model_folder: Callable[[str], Path], text_file: Path, run: Callable[..., tuple[str, str]]
 ) -> None:
     models = [model_folder("llama"), "--against", model_folder("qwen2")]
     text = ["--text", text_file, "--windows", "2", "--seq-len", "32"]
     tasks = ["--tasks", "arc_easy,winogrande", "--tasks-folder", folder, "--limit", "6"]
-    out, err = run(capfd, "eval", *models, *text, *tasks, "--json")
+    out, err = run("eval", *models, *text, *tasks, "--json")
     facts = json.loads(out)
     for row in (facts, facts["against"]):
         assert row["perplexity"] > 1
@@ -243,8 +233,8 @@ def test_eval_prints_both_models(
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_read(
-    options: list[str], what: str, capfd: pytest.CaptureFixture[str]
+    options: list[str], what: str, run: Callable[..., tuple[str, str]]
 ) -> None:
-    out, err = run(capfd, "eval", "./no-model", *options, code=2)
+    out, err = run("eval", "./no-model", *options, code=2)
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(what)
