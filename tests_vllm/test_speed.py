@@ -20,7 +20,7 @@ PAIRS = [
 
 def test_four_take_turns(smollm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "cpu" / "vllm.jsonl"
-    words = ["--prompt", "8", "--new", "4", "--rounds", "1", "--batch", "1", "--batch", "2"]
+    words = ["--prompt", "8", "--new", "4", "--rounds", "1", "--batch", "1", "--batch", "2", "--dtype", "fp32"]
     command = [sys.executable, "-m", "bench.vllm_speed", "--compressed", str(smollm), "--text", TEXT, *words]
     environment = os.environ | {"VLLM_CPU_CI_ENV": "1"}  # nothing is compiled, which takes a minute
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=environment)
