@@ -193,6 +193,20 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
+def then_nf4() -> str:
+    """Perplexity before and after nf4: a row a method."""
+    rows = sorted(read("cpu/then_nf4.jsonl"), key=lambda row: row["perplexity"]["bf16"]["wikitext2"])
+    body = []
+    for row in rows:
+        figures = [
+            f"{row['perplexity'][stored][text]:,.2f}" for text in ("wikitext2", "c4") for stored in ("bf16", "nf4")
+        ]
+        body.append([row["name"], f"{row['ratio']:.0%}", *figures])
+    first = rows[0]
+    table = markdown(["method", "kept", "wikitext2, bf16", "wikitext2, nf4", "c4, bf16", "c4, nf4"], body)
+    return f"{table}\nPerplexity (lower is better) of `{first['model']}`. {versions(first)}.\n"
+
+
 def markdown(heads: list[str], body: list[list[str]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = [heads, ["---", *(["---:"] * (len(heads) - 1))], *body]
@@ -204,6 +218,7 @@ TABLES = {
     "methods": methods,
     "quality": quality,
     "runtime": runtime,
+    "then_nf4": then_nf4,
     "tradeoff": tradeoff,
     "vllm": vllm,
     "zeroshot": zeroshot,
