@@ -85,7 +85,7 @@ def test_a_layer_fits_exactly_where_whole_groups_make_up_its_reductions(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("int3",), "weights: int3; allowed: bf16, fp16, fp32, nf4, int4"),
+        (("int3",), "weights: int3; allowed: bf16, fp16, fp32, nf4, int4, int8"),
         (("int4",), "group: None; allowed for int4: 32, 64, 128"),
         (("int4", 48), "group: 48; allowed for int4: 32, 64, 128"),
         (("int4", 64.0), "group: 64.0; allowed for int4: 32, 64, 128"),
@@ -104,9 +104,9 @@ def test_what_does_not_exist_is_refused(options: tuple[Any, ...], message: str) 
     ("spec", "precision", "message"),
     [
         (("dense", 576, 576, 576), Precision("int4", 128), "group: 128; 128 does not divide in_features 576; "),
-        (("dense", 576, 576, 576), Precision("int4", 128), "allowed: int4 with group 32 or 64, bf16, fp16, fp32"),
+        (("dense", 576, 576, 576), Precision("int4", 128), "allowed: int4 with group 32 or 64, int8, bf16, fp16, fp32"),
         (("dense", 64, 48, 48), Precision("nf4"), "weights: nf4; 64 does not divide in_features 48; "),
-        (("dense", 64, 48, 48), Precision("int4", 32), "allowed: bf16, fp16, fp32"),
+        (("dense", 64, 48, 48), Precision("int4", 32), "allowed: int8, bf16, fp16, fp32"),
         (("pivot", 128, 128, 40), Precision("int4", 32), "group: 32; 32 does not divide rank 40; "),
         (("pivot", 128, 128, 40), Precision("nf4"), "weights: nf4; 64 does not divide rank 40; "),
         (("pivot", 128, 128, 40), Precision("nf4"), "allowed: ranks that are multiples of 64"),
