@@ -94,8 +94,7 @@ def by_bitsandbytes(model: Any) -> tuple[Any, dict[str, int]]:
             made = made.to("cpu").eval()
             for key, count in compared(old.weight.data, made.weight).items():
                 total[key] += count
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, made)
+            model.set_submodule(name, made)
     return model, total
 
 

@@ -33,7 +33,7 @@ from rankwise.alloc.rounder import Rounder
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.budgets import make_budget
-from rankwise.candidates import choose, predicted_loss
+from rankwise.candidates import choose
 from rankwise.evaluate import perplexity
 from rankwise.pipeline import compress
 from rankwise.plan import KINDS, RankPlan
@@ -126,7 +126,7 @@ class Bench:
         if plan is not None:
             facts |= {"bytes": plan.bytes, "share": plan.bytes / self.dense_bytes, "bits": plan.bits}
             facts |= {"made_of": dict(Counter(f"{spec.kind}, {spec.precision}" for _, spec in plan).most_common())}
-            facts |= {"predicted": predicted_loss(plan), "candidates": plan.provenance.get("candidates")}
+            facts |= {"predicted": plan.loss, "candidates": plan.provenance.get("candidates")}
         return facts | {
             "perplexity": {name: perplexity(model, test, track=on_terminal) for name, test in tests.items()}
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.errors import RankwiseError
 from rankwise.plan import RankPlan
-from rankwise.storage import CODED, FLOATS, INT4_GROUPS, ITEM_BYTES, WEIGHTS, Precision
+from rankwise.storage import CODED, FLOATS, INT4_GROUPS, ITEM_BYTES, WEIGHTS, Precision, require_native
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 SIZES = "a number of bytes, e.g. 5GB (5e9), 4.5GiB, 300MB"
@@ -46,14 +46,11 @@ class ByteBudget:
         Raises:
             RankwiseError: 16 or 32 bits other than the model's were asked for.
         """
-        plain = [precision.weights for precision in self.precisions if not precision.quantised]
-        if wrong := next((name for name in plain if name != dtype), None):
-            allowed = (
-                f"the model is loaded in {dtype}; allowed: {dtype}, {', '.join(CODED)}; see --dtype for the others"
-            )
-            raise RankwiseError("weights", wrong, allowed)
-        own = [Precision(dtype)] if plain or self.native else []
-        return (*own, *(precision for precision in self.precisions if precision.quantised))
+        for precision in self.precisions:
+            require_native(precision.weights, dtype)
+        coded = [precision for precision in self.precisions if precision.quantised]
+        own = [Precision(dtype)] if self.native or len(coded) < len(self.precisions) else []
+        return (*own, *coded)
 
 
 def parse_size(text: str) -> int:

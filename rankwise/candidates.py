@@ -55,16 +55,9 @@ def choose(
     best = min(plans, key=lambda name: losses.get(name, math.inf))
     if losses and losses[first] - losses[best] < MARGIN:
         best = first
-    tried = [{"of": name, "predicted": predicted_loss(plans[name]), "measured": losses.get(name)} for name in plans]
+    tried = [{"of": name, "predicted": plans[name].loss, "measured": losses.get(name)} for name in plans]
     plans[best].provenance["candidates"] = tried
     return plans[best]
-
-
-def predicted_loss(plan: RankPlan) -> float | None:
-    """Of all layers, nats a token; None where some layer's is not known."""
-    losses = [spec.loss for _, spec in plan]
-    known = [loss for loss in losses if loss is not None]
-    return sum(known) if len(known) == len(losses) else None
 
 
 @contextmanager
@@ -76,6 +69,5 @@ def carried_out(plan: RankPlan, model: Any, store: FactorStore, rounding: Roundi
         yield
     finally:
         for name, module in own.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module)
+            model.set_submodule(name, module)
         detach(model)

@@ -182,8 +182,7 @@ def _replace(
     _fill(layer, parts)
     if old.bias is not None and layer.bias is not None:
         layer.bias.copy_(old.bias)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    model.set_submodule(name, layer)
 
 
 def _fill(layer: CompressedLinear, values: dict[str, torch.Tensor]) -> None:

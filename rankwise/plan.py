@@ -82,6 +82,12 @@ class RankPlan:
         """Bits that all linear layers take, for each number that they held before; 0 if none is listed."""
         return 8 * self.bytes / self.dense_parameters if self.layers else 0.0
 
+    @property
+    def loss(self) -> float | None:
+        """Predicted for all layers, nats a token; None where some layer's is not known."""
+        losses = [spec.loss for _, spec in self if spec.loss is not None]
+        return sum(losses) if len(losses) == len(self.layers) else None
+
     def stored_as(self, precision: Precision, keep: Callable[[str], bool] | None = None) -> "RankPlan":
         """The same kinds and ranks, every layer's numbers stored in one way; layers for which `keep` is true stay.
 

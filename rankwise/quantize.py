@@ -5,10 +5,9 @@ from collections.abc import Callable
 import torch
 
 from rankwise.errors import RankwiseError
-from rankwise.kernels import quantize_int4, quantize_nf4
-from rankwise.kernels.int4 import Int4
-from rankwise.kernels.int8 import Int8, quantize_int8
-from rankwise.kernels.nf4 import NF4
+from rankwise.kernels import NF4, Int8
+from rankwise.kernels import quantized as kernels
+from rankwise.kernels.quantized import Stored
 from rankwise.layerspec import LayerSpec
 
 # From a layer's name, its matrices by name (and `pivot_index` of a pivot layer) and its spec, to the tensors that are
@@ -22,7 +21,7 @@ def quantize(matrix: torch.Tensor, spec: LayerSpec) -> dict[str, torch.Tensor]:
 
     Args:
         matrix: `[rows, columns]`, finite.
-        spec: its `weights`, `group` and `asymmetric` say how; `nf4` or `int4`.
+        spec: its `weights`, `group` and `asymmetric` say how; `nf4`, `int4` or `int8`.
 
     Returns:
         The stored tensors by their suffix, as `storage.Precision.tensors` lists them.
@@ -32,14 +31,10 @@ def quantize(matrix: torch.Tensor, spec: LayerSpec) -> dict[str, torch.Tensor]:
     """
     if not torch.isfinite(matrix).all():
         raise RankwiseError("matrix", "NaN or Inf", "finite numbers are needed")
-    if spec.weights == "nf4":
-        return stored_tensors(quantize_nf4(matrix))
-    if spec.weights == "int8":
-        return stored_tensors(quantize_int8(matrix))
-    return stored_tensors(quantize_int4(matrix, spec.precision.block, not spec.asymmetric))
+    return stored_tensors(kernels.quantize(matrix, spec.weights, spec.group, not spec.asymmetric))
 
 
-def stored_tensors(matrix: Int4 | NF4 | Int8) -> dict[str, torch.Tensor]:
+def stored_tensors(matrix: Stored) -> dict[str, torch.Tensor]:
     """What is stored of a rounded matrix, by suffix, as `storage.Precision.tensors` lists it."""
     if isinstance(matrix, NF4):
         return {"_nf4": matrix.codes, "_absmax": matrix.absmax}

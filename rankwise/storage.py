@@ -105,6 +105,13 @@ class Precision:
         return {"_int4": codes, "_scale": Stored(shared, "bfloat16"), **zero}
 
 
+def require_native(weights: str, dtype: str) -> None:
+    """Raise a RankwiseError unless weights are coded, or in the 16 or 32 bits that a model is loaded in."""
+    if weights in FLOATS and weights != dtype:
+        allowed = f"the model is loaded in {dtype}; allowed: {dtype}, {', '.join(CODED)}; see --dtype for the others"
+        raise RankwiseError("weights", weights, allowed)
+
+
 def layer_matrices(kind: str, rank: int, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
     """Name and shape of the matrices that a layer of a kind is made of."""
     m, n, k = out_features, in_features, rank

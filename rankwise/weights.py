@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.errors import RankwiseError
 from rankwise.plan import LayerSpec, RankPlan
-from rankwise.storage import CODED, Precision
+from rankwise.storage import Precision, require_native
 
 if TYPE_CHECKING:
     from rankwise.alloc.methods.base import Method
@@ -38,9 +38,7 @@ def raised(method: "Method", precision: Precision) -> "Method":
 
 def require_fit(precision: Precision, shapes: dict[str, tuple[int, int]], dtype: str) -> None:
     """Raise a RankwiseError unless a model's layers, of these (out, in) and in this dtype, can be stored so."""
-    if not precision.quantised and precision.weights != dtype:
-        allowed = f"the model is loaded in {dtype}; allowed: {dtype}, {', '.join(CODED)}; see --dtype for the others"
-        raise RankwiseError("weights", precision.weights, allowed)
+    require_native(precision.weights, dtype)
     for name, (_, in_features) in shapes.items():
         try:
             precision.require_blocks("in_features", in_features)

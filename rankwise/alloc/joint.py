@@ -154,12 +154,12 @@ def stored_choices(
     Args:
         allowed: kinds and precisions.
     """
-    m, n = scores.shapes[name]
+    (m, n), tail = scores.shapes[name], _tail(method, name, scores)
     rows: list[tuple[int, float, str, int, Precision]] = []
     for kind, precision in allowed:
         ranks, costs = _costs(m, n, kind, precision, method.rank_multiple)
         if len(ranks):
-            losses = _losses(method, name, scores, table, kind, ranks, precision, trust)
+            losses = _losses(tail, name, table, kind, ranks, precision, trust)
             rows += [(int(c), float(x), kind, int(k), precision) for c, x, k in zip(costs, losses, ranks, strict=True)]
     best: list[tuple[int, float, str, int, Precision]] = []
     for row in sorted(rows, key=lambda row: row[:2]):
@@ -173,15 +173,20 @@ def priced(plan: RankPlan, method: Method, scores: Scores, table: RoundingTable)
     """The same plan with the loss that `joint_plan` would predict for each layer, however it was made."""
     layers = {}
     for name, spec in plan:
-        loss = _losses(method, name, scores, table, spec.kind, np.array([spec.rank]), spec.precision, Trust())
+        tail = _tail(method, name, scores)
+        loss = _losses(tail, name, table, spec.kind, np.array([spec.rank]), spec.precision, Trust())
         layers[name] = replace(spec, loss=float(loss[0]))
     return replace(plan, layers=layers)
 
 
+def _tail(method: Method, name: str, scores: Scores) -> np.ndarray:
+    """What a layer's components from each rank on are worth, nats a token, `[full rank + 1]`."""
+    return np.concatenate([np.cumsum(method._worth(scores.energies[name])[::-1])[::-1], [0.0]]) / 2
+
+
 def _losses(
-    method: Method,
+    tail: np.ndarray,
     name: str,
-    scores: Scores,
     table: RoundingTable,
     kind: str,
     ranks: np.ndarray,
@@ -189,7 +194,6 @@ def _losses(
     trust: Trust,
 ) -> np.ndarray:
     """Predicted loss of a layer at some ranks `[c]`, nats a token."""
-    tail = np.concatenate([np.cumsum(method._worth(scores.energies[name])[::-1])[::-1], [0.0]]) / 2
     lost = 0.0 if kind == "dense" else trust.rank * tail[ranks]
     return np.asarray(lost + trust.rounding * table.loss(name, kind, ranks, precision))
 

@@ -50,7 +50,7 @@ def near_plans(
             plan = priced(plan, method, store, table)
             if plan.layers not in [other.layers for other in found.values()]:
                 found[name] = plan
-    losses = {name: sum(spec.loss or 0.0 for _, spec in plan) for name, plan in found.items()}
+    losses = {name: plan.loss or 0.0 for name, plan in found.items()}
     ordered = sorted(found, key=lambda name: losses[name])
     return {name: found[name] for name in ordered[:most] if losses[name] <= NEAR * losses[ordered[0]]}
 

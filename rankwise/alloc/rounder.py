@@ -63,9 +63,8 @@ class Rounder:
             raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
         stored: Tensors = {}
         for part in spec.matrices:
-            stored |= {
-                part + end: t.cpu().contiguous() for end, t in stored_tensors(rounded.tensors[PARTS[part]]).items()
-            }
+            found = stored_tensors(rounded.tensors[PARTS[part]])
+            stored |= {part + suffix: tensor.cpu().contiguous() for suffix, tensor in found.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, stored, {})
         return stored
@@ -101,7 +100,7 @@ class Rounder:
 
 
 def grid_of(precision: Precision) -> Grid:
-    """A 4-bit precision as the rounding has it."""
+    """A precision of 4 or 8 bits as the rounding has it."""
     group = None if precision.weights == "int8" else precision.block
     return Grid(precision.weights, group, not precision.asymmetric)
 

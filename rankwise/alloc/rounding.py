@@ -16,8 +16,9 @@ import torch
 
 from rankwise.alloc.factors import REMEASURE
 from rankwise.alloc.feedback import round_both, round_columns, triangle
-from rankwise.alloc.scales import Grid, Quantized, decoded, pack, search_scales
+from rankwise.alloc.scales import Grid, decoded, pack, search_scales
 from rankwise.errors import RankwiseError
+from rankwise.kernels.quantized import Stored
 
 RIDGE = 1e-6  # of the mean eigenvalue, added before a moment is inverted
 SEED = 0  # of the rotation
@@ -31,7 +32,7 @@ class Rounded(NamedTuple):
         loss: `½ tr(F ΔW C ΔWᵀ)` against the dense weight: nats a token with F, by the second-order estimate.
     """
 
-    tensors: dict[str, Quantized]
+    tensors: dict[str, Stored]
     loss: float
 
 
@@ -147,7 +148,7 @@ def round_pivot(
     return min((Rounded({"basis": x, "coeff": y}, lost(decoded(y), decoded(x))) for x, y in tries), key=_lost)
 
 
-def _feedback(w: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor | None) -> Quantized:
+def _feedback(w: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor | None) -> Stored:
     if w.shape[1] % grid.width(w.shape[1]):
         raise RankwiseError("group", grid.group, f"one that divides the {w.shape[1]} columns of each matrix")
     columns = triangle(inputs)

@@ -15,15 +15,14 @@ import torch
 
 from rankwise.errors import RankwiseError
 from rankwise.kernels.fragments import join_nibbles
-from rankwise.kernels.int4 import GROUPS, Int4, dequantize_int4, quantize_int4
-from rankwise.kernels.int8 import MOST, Int8, dequantize_int8, quantize_int8
-from rankwise.kernels.nf4 import BLOCK, LEVELS, NF4, dequantize_nf4, quantize_nf4
+from rankwise.kernels.int4 import GROUPS, Int4
+from rankwise.kernels.int8 import MOST, Int8
+from rankwise.kernels.nf4 import BLOCK, LEVELS, NF4
+from rankwise.kernels.quantized import Stored, dequantize, quantize
 
 NAMES = ("int4", "nf4", "int8")
 SHRINK = (0.5, 1.15, 30)  # scales that are tried, times that of round-to-nearest: from, to, how many
 MIDDLE = 8  # the zero point of symmetric int4
-
-Quantized = Int4 | NF4 | Int8
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,9 @@ class Grid:
             return scale.bfloat16().to(scale.dtype)
         return (scale.bfloat16() if self.name == "int8" else scale.float()).abs().to(scale.dtype)
 
-    def nearest(self, w: torch.Tensor) -> Quantized:
+    def nearest(self, w: torch.Tensor) -> Stored:
         """Round-to-nearest, as the kernels' own functions do it."""
-        w = w.contiguous()
-        if self.name == "int8":
-            return quantize_int8(w)
-        return (
-            quantize_nf4(w)
-            if self.group is None or self.name == "nf4"
-            else quantize_int4(w, self.group, self.symmetric)
-        )
+        return quantize(w.contiguous(), self.name, self.group, self.symmetric)
 
 
 class Scales(NamedTuple):
@@ -139,7 +131,7 @@ def _candidates(groups: torch.Tensor, grid: Grid) -> Iterator[tuple[torch.Tensor
                 yield scale, zero.round().clamp(0, 15)
 
 
-def pack(levels: torch.Tensor, scales: Scales, grid: Grid) -> Quantized:
+def pack(levels: torch.Tensor, scales: Scales, grid: Grid) -> Stored:
     """Levels `[m, n]`, as `Grid.levels` gives them, in the file's bytes."""
     if grid.name == "nf4":
         codes = torch.bucketize(levels.contiguous(), _table(levels.dtype, levels.device)[1]).to(torch.uint8)
@@ -151,11 +143,9 @@ def pack(levels: torch.Tensor, scales: Scales, grid: Grid) -> Quantized:
     return Int4(join_nibbles(codes, high_first=False), scales.scale.bfloat16(), zero)
 
 
-def decoded(tensor: Quantized) -> torch.Tensor:
+def decoded(tensor: Stored) -> torch.Tensor:
     """The matrix `[m, n]` fp64 that the bytes stand for."""
-    if isinstance(tensor, Int8):
-        return dequantize_int8(tensor).double()
-    return (dequantize_nf4(tensor) if isinstance(tensor, NF4) else dequantize_int4(tensor)).double()
+    return dequantize(tensor).double()
 
 
 @cache

@@ -61,10 +61,9 @@ def of_decoder(decoder: Decoder) -> tuple[int, int]:
     """The same of the runtime's decoder, as its weights lie in memory."""
     step = tensor_bytes(tensors_in((decoder.blocks, decoder.norm, decoder.head)))
     head, embed = decoder.head, decoder.embed
-    if decoder.coded is not None:
-        return step + (0 if head is decoder.coded else tensor_bytes(tensors_in(decoder.coded))), step
+    held = tensor_bytes(tensors_in((decoder.blocks, decoder.norm, head, decoder.coded)))
     tied = isinstance(head, torch.Tensor) and not head.is_mkldnn and head.data_ptr() == embed.data_ptr()
-    return step if tied else step + embed.nbytes, step
+    return held if tied else held + embed.nbytes, step
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -127,7 +127,7 @@ def place_embeddings(model: Any, names: Mapping[str, str], device: torch.device 
     table = next(iter(ends.values()))
     factor = float(getattr(table, "scalar_embed_scale", 1.0))
     new = CodedEmbedding(module_spec(table.weight, "int8"), table.weight.dtype, device, factor)
-    _put(model, next(iter(ends)), new)
+    model.set_submodule(next(iter(ends)), new)
     if head is None:
         return
     name = next(n for n, module in model.named_modules() if module is head)
@@ -136,9 +136,9 @@ def place_embeddings(model: Any, names: Mapping[str, str], device: torch.device 
         top = QuantisedLinear(spec, head.bias is not None, head.weight.dtype, device)
         if head.bias is not None:
             top.bias = head.bias
-        _put(model, name, top)
+        model.set_submodule(name, top)
     else:
-        _put(model, name, TiedHead(new, head.bias))
+        model.set_submodule(name, TiedHead(new, head.bias))
 
 
 def module_spec(weight: torch.Tensor, weights: str) -> LayerSpec:
@@ -158,8 +158,3 @@ def coded_tensors(model: Any, tensors: Mapping[str, torch.Tensor], weights: str)
             found[f"{name}.{part}"] = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
         found[f"{name}.weight"] = module.weight.new_empty(1)
     return found
-
-
-def _put(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

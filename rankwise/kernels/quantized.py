@@ -3,9 +3,9 @@
 import torch
 
 from rankwise.kernels.fragments import Fragments
-from rankwise.kernels.int4 import Int4, dequantize_int4, int4_linear, int4_lowrank, repack_int4
-from rankwise.kernels.int8 import Int8, align_int8, dequantize_int8, int8_linear, int8_lowrank
-from rankwise.kernels.nf4 import NF4, dequantize_nf4, nf4_linear, nf4_lowrank, repack_nf4
+from rankwise.kernels.int4 import Int4, dequantize_int4, int4_linear, int4_lowrank, quantize_int4, repack_int4
+from rankwise.kernels.int8 import Int8, align_int8, dequantize_int8, int8_linear, int8_lowrank, quantize_int8
+from rankwise.kernels.nf4 import NF4, dequantize_nf4, nf4_linear, nf4_lowrank, quantize_nf4, repack_nf4
 
 Stored = Int4 | NF4 | Int8  # as the file has it
 Ready = Fragments | Int8  # as kernels for GPUs read it; those of int8 read the file's order
@@ -17,6 +17,14 @@ def repack(w: Stored) -> Ready:
     if isinstance(w, Int8):
         return align_int8(w)
     return repack_nf4(w) if isinstance(w, NF4) else repack_int4(w)
+
+
+def quantize(w: torch.Tensor, name: str, group: int | None = None, symmetric: bool = True) -> Stored:
+    """Round to the nearest codes of a format, `int4`, `nf4` or `int8`; see `quantize_int4` for group and symmetric."""
+    if name == "int4":
+        assert group is not None
+        return quantize_int4(w, group, symmetric)
+    return quantize_nf4(w) if name == "nf4" else quantize_int8(w)
 
 
 def dequantize(w: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """One self-contained HTML page, and its figures as PNG files beside it."""
 
 import base64
-import math
 import os
 import shutil
 import struct
@@ -89,7 +88,6 @@ def _render(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(share=share, loss=loss)
-    losses = [math.nan if spec.loss is None else spec.loss for _, spec in plan]
     return environment.get_template("report.html.j2").render(
         title=title,
         version=rankwise.__version__,
@@ -102,7 +100,7 @@ def _render(
         sources={name: base64.b64encode(png).decode("ascii") for name, png in images.items()},
         sizes={name: struct.unpack(">II", png[16:24]) for name, png in images.items()},
         plan=plan,
-        total_loss=sum(losses),
+        total_loss=plan.loss,
         provenance=sections(plan.provenance),
     )
 

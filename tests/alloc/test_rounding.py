@@ -12,11 +12,12 @@ from rankwise.alloc import feedback, rounding
 from rankwise.alloc.factors import factorize, pivot_form
 from rankwise.alloc.feedback import DAMPING, round_both, round_columns, triangle
 from rankwise.alloc.rounding import Rounded, _feedback, round_dense, round_lowrank, round_pivot, turned
-from rankwise.alloc.scales import Grid, Quantized, Scales, decoded, pack, search_scales
+from rankwise.alloc.scales import Grid, Scales, decoded, pack, search_scales
 from rankwise.errors import RankwiseError
 from rankwise.kernels.int4 import Int4, dequantize_int4, repack_int4
 from rankwise.kernels.int8 import Int8
 from rankwise.kernels.nf4 import LEVELS, NF4, repack_nf4
+from rankwise.kernels.quantized import Stored
 
 GRIDS = [Grid("int4", 32), Grid("int4", 32, False), Grid("int4", 64), Grid("nf4", 64), Grid("int8", None)]
 ALL = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.name}-{g.group}-{'s' if g.symmetric else 'a'}")
@@ -305,7 +306,7 @@ def test_files_formats_are_kept(grid: Grid) -> None:
             check_format(tensor, grid)
 
 
-def check_format(tensor: Quantized, grid: Grid) -> None:
+def check_format(tensor: Stored, grid: Grid) -> None:
     m, half = tensor.codes.shape
     if isinstance(tensor, Int8):
         assert (tensor.codes.dtype, tensor.scale.dtype) == (torch.int8, torch.bfloat16)

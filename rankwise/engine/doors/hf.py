@@ -122,11 +122,9 @@ def attach(model: Any, specs: dict[str, LayerSpec], embeddings: dict[str, str] |
 
 def detach(model: Any) -> None:
     """Undo `attach`: the model's own layers are back."""
-    model.config.quantization_config = None
-    del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
     model.is_quantized = False
 
 

@@ -7,14 +7,12 @@ import torch
 from torch import nn
 
 from rankwise.engine.embeddings import CodedEmbedding, TiedHead
-from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
+from rankwise.engine.layers import CompressedLinear
 from rankwise.engine.runtime.decoder import Block, Decoder, Rotary, Shape
-from rankwise.engine.runtime.mixed import Group, Quantised, group_of, quantised_member, stored
+from rankwise.engine.runtime.mixed import Group, group_of, let_go, member_of, stored
 from rankwise.errors import RankwiseError
-from rankwise.kernels import Dense, LowRank, Pivot
 from rankwise.kernels.host import prepare
 from rankwise.kernels.int8 import Int8
-from rankwise.kernels.members import Member
 from rankwise.kernels.native_linear import HostGroup, Layer, host_group, suits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -60,10 +58,8 @@ def _coded_ends(table: CodedEmbedding, top: Any) -> tuple[torch.Tensor, HostGrou
     """The same of coded ones: an empty embedding, the head, and the table unless the head's numbers are the same."""
     tied = isinstance(top, TiedHead)
     coded, head = table.table(), table.table() if tied else top.matrix("weight")
-    empty, layers = (
-        table.weight.data.new_empty(0, table.embedding_dim),
-        [Layer(head, None, None, None, len(head.codes))],
-    )
+    empty = table.weight.data.new_empty(0, table.embedding_dim)
+    layers = [Layer(head, None, None, None, len(head.codes))]
     if suits(layers, empty.dtype):
         return empty, host_group(layers), None if tied else Int8(*map(_own, coded))
     coded = Int8(*map(_own, coded))
@@ -132,27 +128,14 @@ def packed(modules: Sequence[nn.Module]) -> Group:
     if isinstance(weight, torch.Tensor) and suits(layers, weight.dtype):
         return host_group(layers)
     biases = [module.bias.data if isinstance(module.bias, torch.Tensor) else None for module in modules]
-    return group_of([_member(module) for module in modules], biases)
-
-
-def _member(module: nn.Module) -> Member | Quantised:
-    if isinstance(module, CompressedLinear) and module.precision.quantised:
-        index = module.pivot_index.data if isinstance(module, PivotLinear) else None
-        return quantised_member(module, list(module.matrices), index)
-    if isinstance(module, LowRankLinear):
-        return LowRank(module.lowrank_v.data, module.lowrank_u.data)
-    if isinstance(module, PivotLinear):
-        return Pivot(module.pivot_index, module.pivot_basis.data, module.pivot_coeff.data)
-    assert isinstance(module, nn.Linear)
-    return Dense(module.weight.data)
+    return group_of([member_of(module) for module in modules], biases)
 
 
 def _empty(layer: nn.Module) -> None:
     """Let go of the linear layers' own tensors, which were copied; norms are shared."""
     for module in layer.modules():
         if isinstance(module, nn.Linear | CompressedLinear):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensor.data = tensor.data.new_empty(0)
+            let_go(module)
 
 
 def _angles(inner: Any, count: int) -> dict[str, Rotary]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import rms_norm
 
 from rankwise import kernels
-from rankwise.engine.layers import CompressedLinear, PivotLinear
+from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
 from rankwise.engine.matrices import dense, dequantised, lowrank
 from rankwise.engine.runtime.hostint4 import HostInt4, suits
 from rankwise.kernels import Dense, Int4, LowRank, Packed, Pivot, pack
@@ -95,6 +95,25 @@ def stored(module: nn.Module) -> Layer:
     matrices = [m.data if isinstance(m, torch.Tensor) else m for m in map(module.matrix, module.matrices)]
     index = module.pivot_index.data if isinstance(module, PivotLinear) else None
     return Layer(matrices[0], matrices[1] if len(matrices) > 1 else None, index, bias, module.out_features)
+
+
+def member_of(module: nn.Module) -> Member | Quantised:
+    """A linear module as a member of a group."""
+    index = module.pivot_index.data if isinstance(module, PivotLinear) else None
+    if isinstance(module, CompressedLinear) and module.precision.quantised:
+        return quantised_member(module, list(module.matrices), index)
+    if isinstance(module, LowRankLinear):
+        return LowRank(module.lowrank_v.data, module.lowrank_u.data)
+    if isinstance(module, PivotLinear):
+        return Pivot(module.pivot_index.data, module.pivot_basis.data, module.pivot_coeff.data)
+    assert isinstance(module, nn.Linear)
+    return Dense(module.weight.data)
+
+
+def let_go(module: nn.Module) -> None:
+    """Empty a module's own tensors, which were copied."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data = tensor.data.new_empty(0)
 
 
 def quantised_member(layer: CompressedLinear, names: Sequence[str], index: torch.Tensor | None) -> Member | Quantised:

@@ -4,17 +4,17 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from rankwise.engine.checkpoint import specs_from_config
-from rankwise.engine.doors.vllm import METHOD
 from rankwise.engine.doors.vllm.folder import check_folder
 from rankwise.engine.doors.vllm.method import RankwiseLinearMethod
+from rankwise.engine.doors.vllm.versions import Named
 from rankwise.errors import RankwiseError
 from rankwise.layerspec import LayerSpec
 
 
-class RankwiseConfig(QuantizationConfig):
+class RankwiseConfig(Named):
     """The layers that config.json lists, by their names in vLLM's model. It is sent to vLLM's other processes.
 
     Args:
@@ -39,23 +39,9 @@ class RankwiseConfig(QuantizationConfig):
             raise RankwiseError("embeddings", ", ".join(config["embeddings"].values()), allowed)
         return cls(specs_from_config(config, "config.json"))
 
-    def get_name(self) -> str:
-        """As in config.json."""
-        return METHOD
-
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Those that the kernels know."""
         return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Triton's own limit is met by every GPU that vLLM runs on."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """All is in config.json."""
-        return []
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM asks once, before anything starts: the time to find out what is wrong with a folder."""

@@ -9,9 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rankwise.engine.layers import CompressedLinear, LowRankLinear, PivotLinear
-from rankwise.engine.runtime.mixed import Group, Quantised, group_of, packed_linear, quantised_member, stored
-from rankwise.kernels import Dense, LowRank, Pivot
+from rankwise.engine.layers import CompressedLinear, PivotLinear
+from rankwise.engine.runtime.mixed import (
+    Group,
+    Quantised,
+    group_of,
+    let_go,
+    member_of,
+    packed_linear,
+    quantised_member,
+    stored,
+)
+from rankwise.kernels import Dense, Pivot
 from rankwise.kernels.members import Member
 from rankwise.kernels.native_linear import Layer, host_group, suits
 
@@ -44,7 +53,7 @@ def whole(modules: Sequence[nn.Linear | CompressedLinear]) -> Group:
     else:
         group = group_of([_member(module) for module in modules], [None] * len(modules))
     for module in modules:
-        _empty(module)
+        let_go(module)
     return group
 
 
@@ -52,7 +61,7 @@ def halves(module: CompressedLinear) -> Halves:
     """A layer of two factors as two groups; the module is empty afterwards."""
     first, second = (_half(module, name) for name in module.matrices)
     index = module.pivot_index.data.clone() if isinstance(module, PivotLinear) else None
-    _empty(module)
+    let_go(module)
     return Halves(first, second, index)
 
 
@@ -73,16 +82,8 @@ def _has_its_pivots(module: nn.Linear | CompressedLinear) -> bool:
 
 
 def _member(module: nn.Linear | CompressedLinear) -> Member | Quantised:
-    if isinstance(module, nn.Linear):
-        return Dense(module.weight.data)
-    index = module.pivot_index.data if isinstance(module, PivotLinear) else None
-    if module.precision.quantised:
-        member = quantised_member(module, list(module.matrices), index)
-        return own_pivots(member) if isinstance(member, Pivot) else member
-    if isinstance(module, LowRankLinear):
-        return LowRank(module.lowrank_v.data, module.lowrank_u.data)
-    assert isinstance(module, PivotLinear)
-    return own_pivots(Pivot(module.pivot_index.data, module.pivot_basis.data, module.pivot_coeff.data))
+    member = member_of(module)
+    return own_pivots(member) if isinstance(member, Pivot) else member
 
 
 def own_pivots(share: Pivot) -> Pivot | Dense:
@@ -106,8 +107,3 @@ def own_pivots(share: Pivot) -> Pivot | Dense:
     new = torch.where(combined, index - rank + len(mine), place[index.clamp(max=rank - 1)])
     coeff = share.coeff[: int(combined.sum()), order]
     return Pivot(new.to(torch.int32), share.basis[order], coeff)
-
-
-def _empty(module: nn.Module) -> None:
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        tensor.data = tensor.data.new_empty(0)

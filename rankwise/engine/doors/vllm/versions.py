@@ -39,7 +39,25 @@ def register_tested() -> None:
         register_quantization_config(METHOD)(RankwiseConfig)
 
 
-class Refusal(QuantizationConfig):
+class Named(QuantizationConfig):
+    """What vLLM asks of every quantization method, and ours need not think about."""
+
+    def get_name(self) -> str:
+        """As in config.json."""
+        return METHOD
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Triton's own limit is met by every GPU that vLLM runs on."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """All is in config.json."""
+        return []
+
+
+class Refusal(Named):
     """Stands for the method where it cannot work."""
 
     why = ""
@@ -54,22 +72,8 @@ class Refusal(QuantizationConfig):
         allowed = f"tested with {WANTED}: pip install 'vllm=={WANTED}.*'"
         raise RankwiseError("vllm", f"{vllm.__version__} ({cls.why})", allowed)
 
-    def get_name(self) -> str:
-        """As in config.json."""
-        return METHOD
-
     def get_supported_act_dtypes(self) -> list[Any]:
         """None."""
-        return []
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Any."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """All is in config.json."""
         return []
 
     def get_quant_method(self, layer: Any, prefix: str) -> None:
