@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import Curvature, hash_windows
 from rankwise.alloc.heal import HealConfig, heal
 from rankwise.alloc.refit import refit
@@ -33,14 +32,15 @@ from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_
 from rankwise.storage import Precision
 from rankwise.weights import needs_curvature, needs_factors, require_fit, rounding_plan
 from rankwise.windows import cut_windows, read_texts
-from rankwise.work import Work, measure, measure_curvature, share
+from rankwise.work import Work, learn_plan, measure, measure_curvature, share
 from rankwise.zoo import load_model, model_dtype, resolve_device
 
 
 def compress_to_folder(config: CompressConfig, *, track: Track = silent) -> RankPlan:
     """From a model's name to a folder. Killed anywhere, the same call continues.
 
-    Inside `distributed.joined` the processes share curvature and factors; the main one does the rest.
+    Inside `distributed.joined` the processes share curvature, factors and the training of masks; the main one does the
+    rest.
 
     Returns:
         The plan, as written into the checkpoint (with `score_only`: the plan of the method's own ratio).
@@ -167,11 +167,7 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
         return _plan_bytes(work, store, curvature), None
     if not config.method.learns:
         return config.method.allocate(store, weights), None
-    device, folder = resolve_device(config.device), work.folder / "learning"
-    learn, seed = work.windows["learn"], config.text.seed
-    calibration = Calibration(work.model, store, curvature, learn, folder, device, seed, work.track)
-    plan = config.method.allocate(store, weights, calibration)
-    work.model.to("cpu")
+    plan, calibration = learn_plan(work, store, curvature)
     return plan, calibration.learnt
 
 

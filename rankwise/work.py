@@ -1,4 +1,4 @@
-"""One job's parts, and the stages of it that several processes share: curvature and factors."""
+"""One job's parts, and the stages of it that several processes share: curvature, factors, masks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.store import FactorStore
 from rankwise.config import CompressConfig
@@ -15,7 +16,7 @@ from rankwise.plan import RankPlan
 from rankwise.progress import Track
 from rankwise.scores import FACTORS
 from rankwise.weights import needs_factors
-from rankwise.zoo import resolve_device
+from rankwise.zoo import model_dtype, resolve_device
 
 
 @dataclass
@@ -58,6 +59,16 @@ def measure(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:
     return measure_factors(work.model, work.windows["inputs"], gradients, config.method, *where)
 
 
+def learn_plan(work: Work, store: FactorStore, curvature: Curvature) -> tuple[RankPlan, Calibration]:
+    """The plan of a method that learns; `learnt` of the calibration is what `again` makes other plans from."""
+    config, folder, text = work.config, work.folder / "learning", work.windows["learn"]
+    where = folder, resolve_device(config.device), config.text.seed, work.track
+    calibration = Calibration(work.model, store, curvature, text, *where)
+    plan = config.method.allocate(store, model_dtype(work.model), calibration)
+    work.model.to("cpu")
+    return plan, calibration
+
+
 def share(work: Work, given: RankPlan | None) -> None:
     """What several processes do together, onto the disk, where the main one then finds it; nothing for a single one.
 
@@ -69,10 +80,11 @@ def share(work: Work, given: RankPlan | None) -> None:
         return
     config = work.config
     if not from_main(config.out.exists) and not config.scores:  # else nothing is left to measure
-        if config.score_only:
-            measure(work, work.folder / "scores" / FACTORS)
-        elif needs_factors(config, given):
-            measure(work, work.folder / FACTORS)
+        if config.score_only or needs_factors(config, given):
+            folder = work.folder / "scores" if config.score_only else work.folder
+            measured = measure(work, folder / FACTORS)
+            if given is None and config.method.shared:
+                learn_plan(work, *measured)
         elif config.feeds_back:
             measure_curvature(work)
     if not is_main():

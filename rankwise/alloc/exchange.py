@@ -1,4 +1,7 @@
-"""Tensors of several processes brought together in the main one; nothing to do for a single process."""
+"""Tensors of several processes brought together; nothing to do for a single process."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -17,15 +20,44 @@ def sum_to_main(tensor: torch.Tensor) -> None:
         return
     import torch.distributed as dist
 
+    _in_pieces(tensor, lambda piece: dist.reduce(piece, 0))
+
+
+def sum_everywhere(tensor: torch.Tensor) -> None:
+    """Add the tensors of all processes, in place, in every process; the same bits in all.
+
+    Args:
+        tensor: as for `sum_to_main`.
+    """
+    if world() == 1:
+        return
+    import torch.distributed as dist
+
+    _in_pieces(tensor, dist.all_reduce)
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add the gradients of all processes, in place, in every process; a parameter without one has added nothing."""
+    if world() == 1:
+        return
+    trained = list(parameters)
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+    summed = torch.cat([gradient.flatten() for gradient in gradients])
+    sum_everywhere(summed)
+    for each, piece in zip(trained, summed.split([each.numel() for each in trained]), strict=True):
+        each.grad = piece.view_as(each)
+
+
+def _in_pieces(tensor: torch.Tensor, add: Callable[[torch.Tensor], Any]) -> None:
     meet()
     with losses():
         for piece in tensor.view(-1).split(PIECE):
             if piece.is_cuda and not has_nccl():
                 staged = piece.cpu()
-                dist.reduce(staged, 0)
+                add(staged)
                 piece.copy_(staged)
             else:
-                dist.reduce(piece, 0)
+                add(piece)
 
 
 def rows_to_main(rows: list[torch.Tensor], total: int) -> list[torch.Tensor]:

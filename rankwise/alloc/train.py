@@ -2,6 +2,9 @@
 
 Every step is a function of what was learnt before it, the seed and its number: which text it sees and what noise it
 draws. So a run that was killed and continued learns the same to the last bit.
+
+Several processes (`rankwise.distributed`) share out the sequences of a step, add up their gradients, and make the same
+step each; the main one writes.
 """
 
 import time
@@ -16,11 +19,13 @@ from rankwise.alloc.bank import Bank
 from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import hash_windows
 from rankwise.alloc.curve import Ledger
+from rankwise.alloc.exchange import sum_gradients
 from rankwise.alloc.hypernet import HyperNet
 from rankwise.alloc.masks import Drawn
 from rankwise.alloc.overlay import Overlay, overlaid
 from rankwise.alloc.seeds import generator
 from rankwise.alloc.trainstate import Progress, TrainState
+from rankwise.distributed import gather, own
 from rankwise.errors import RankwiseError
 from rankwise.progress import say
 
@@ -169,10 +174,21 @@ class _Loop:
         return {"step": number, "ratio": ratio, **terms, "seconds": seconds}
 
     def _backward(self, overlay: Overlay, number: int) -> tuple[float, dict[str, float]]:
-        """Gradients of the mask parameters; returns the ratio and every term of the loss."""
-        ids = self._batch(number).to(overlay.device)
-        teacher = self._teacher(overlay, ids)
+        """Gradients of the mask parameters, of all processes; returns the ratio and every term of the loss."""
         drawn = self.bank.draw(generator(self.calibration.seed, number))
+        self.optimiser.zero_grad()
+        mine = self._batch(number)[list(own(self.recipe.batch))].to(overlay.device)
+        told = gather(self._pass(overlay, number, drawn, mine) if len(mine) else (0.0, {}))
+        sum_gradients(self.bank.parameters())
+        ratio, names = told[0][0], told[0][1]  # the main process always has a sequence
+        return ratio, {name: sum(terms.get(name, 0.0) for _, terms in told) for name in names}
+
+    def _pass(
+        self, overlay: Overlay, number: int, drawn: dict[str, Drawn], ids: torch.Tensor
+    ) -> tuple[float, dict[str, float]]:
+        """What the sequences `ids` add to the gradients and to every term of the loss; and the ratio."""
+        part = len(ids) / self.recipe.batch
+        teacher = self._teacher(overlay, ids)
         shares = {name: self.ledger.curves[name].share(entry.rank) for name, entry in drawn.items()}
         with _drawn(overlay, drawn):
             logits, taps = overlay.run(ids, taps=self.recipe.taps)
@@ -181,12 +197,11 @@ class _Loop:
             if not torch.isfinite(loss):
                 raise RankwiseError("loss", f"{float(loss.detach())} in step {number}", "try --dtype bf16 or fp32")
             scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-            self.optimiser.zero_grad()
-            (loss * scale).backward()
+            (loss * (scale * part)).backward()
         for parameter in self.bank.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(scale).nan_to_num_(0.0, 0.0, 0.0)
-        return float(ratio.detach()), {key: float(term.detach()) for key, term in terms.items()}
+        return float(ratio.detach()), {key: part * float(term.detach()) for key, term in terms.items()}
 
     @torch.no_grad()
     def _teacher(self, overlay: Overlay, ids: torch.Tensor) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.distributed import is_main
 from rankwise.errors import RankwiseError
 from rankwise.files import differing_keys, json_ready, open_tensors, write_tensors
 
@@ -83,6 +84,8 @@ class StateFile:
 class TrainState:
     """A mask training's files; everything drawn at random follows from seed and step, so no generator is stored.
 
+    Of several processes all read, and the main one writes.
+
     Args:
         folder: made if missing.
         identity: what the training is; another one's state is not continued.
@@ -93,6 +96,8 @@ class TrainState:
 
     def save(self, bank: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
         """Write parameters, buffers, optimiser and progress as one file."""
+        if not is_main():
+            return
         masks = {f"mask.{name}": tensor for name, tensor in bank.state_dict().items()}
         self.file.save(masks, optimiser, dict(bank.named_parameters()), progress.__dict__)
 
@@ -106,17 +111,21 @@ class TrainState:
         progress = Progress() if found is None else Progress(**found[1])
         if found is not None:
             bank.load_state_dict({name.removeprefix("mask."): tensor for name, tensor in found[0].items()})
-        self._cut_log(progress.step)
+        if is_main():
+            self._cut_log(progress.step)
         return progress
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one step's figures to the log, one JSON object a line."""
+        if not is_main():
+            return
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(json_ready(line), allow_nan=False) + "\n")
 
     def write_masks(self, importances: dict[str, torch.Tensor], ranks: dict[str, float]) -> None:
         """What was learnt, to be looked at: per layer `[size]` importance of its components, and its rank."""
-        write_tensors(self.folder / MASKS, importances, {"ranks": json.dumps(ranks)})
+        if is_main():
+            write_tensors(self.folder / MASKS, importances, {"ranks": json.dumps(ranks)})
 
     def _cut_log(self, step: int) -> None:
         """Drop the lines of steps that will be run again, and a last line that a kill cut off."""

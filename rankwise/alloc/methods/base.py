@@ -54,6 +54,7 @@ class Method:
     name: ClassVar[str]
     default_sides: ClassVar[str]
     refits: ClassVar[bool] = False  # True if factors are refitted unless the user says no
+    shared: ClassVar[bool] = False  # True if several processes can share out what it learns
     learns: ClassVar[bool] = False  # True if `allocate` needs a Calibration: the method runs the model
     spends_bytes: ClassVar[bool] = False  # True if it can choose precisions too, under a budget of bytes
 

@@ -67,6 +67,7 @@ class Trained(Method):
 
     default_sides: ClassVar[str] = "two"
     learns: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
     starts: ClassVar[tuple[str, ...]] = ("uniform", "global")
     paper_lr: ClassVar[float]
     paper_steps: ClassVar[int]

@@ -55,7 +55,7 @@ class Guard:
         try:
             await self._guarded(scope, receive, noting)
         except BaseException as error:
-            report["outcome"] = "failed" if isinstance(error, Exception) else "cancelled"
+            report.setdefault("outcome", "failed" if isinstance(error, Exception) else "cancelled")
             raise
         finally:
             self.open -= 1
