@@ -64,6 +64,7 @@ class Bench:
         rounded: folder of layers that were rounded before.
         judges: windows that decide between plans whose predictions are near; the table's moments of inputs, and what
             the plans are tested on, are other ones.
+        held_out: moments of the judges' inputs, which the guards of the rounding go by.
     """
 
     model: Any
@@ -72,6 +73,7 @@ class Bench:
     table: RoundingTable
     rounded: Path
     judges: torch.Tensor
+    held_out: Curvature
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -105,7 +107,8 @@ class Bench:
     def rounder(self) -> Rounder:
         """Rounding by what the curvature says."""
         blocks = [list(block) for block in block_linears(self.model)]
-        return Rounder(self.curvature, blocks, self.rounded, lambda n: weight_of(self.model.get_submodule(n)))
+        dense = self.model.get_submodule
+        return Rounder(self.curvature, blocks, self.rounded, lambda n: weight_of(dense(n)), held_out=self.held_out)
 
     def on_top(self, share: float, kinds: tuple[str, ...]) -> RankPlan | None:
         """Ranks for bf16, all numbers rounded alike afterwards; None where that needs no ranks."""
@@ -189,7 +192,8 @@ def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
     assert budget is not None
     precisions, place = budget.for_model(model_dtype(model)), work / "rounding"
     table = measure_rounding(model, curvature, store, precisions, KINDS, place, device=CPU, track=on_terminal)
-    return Bench(model, curvature, store, table, work / "rounded", gradients[:JUDGES])
+    held_out = collect(model, gradients[:JUDGES], None, work / "held_out", device=CPU, track=on_terminal)
+    return Bench(model, curvature, store, table, work / "rounded", gradients[:JUDGES], held_out)
 
 
 def wanted(name: str, share: float | None, options: argparse.Namespace) -> bool:

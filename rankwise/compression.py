@@ -32,7 +32,7 @@ from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_
 from rankwise.storage import Precision
 from rankwise.weights import needs_curvature, needs_factors, require_fit, rounding_plan
 from rankwise.windows import cut_windows, read_texts
-from rankwise.work import Work, learn_plan, measure, measure_curvature, share
+from rankwise.work import Work, learn_plan, measure, measure_curvature, measure_held_out, share
 from rankwise.zoo import load_model, model_dtype, resolve_device
 
 
@@ -102,7 +102,7 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     rounding: Rounding = nearest
     if plan.quantised and config.feeds_back and curvature is not None:
         fitted = teacher is not None or isinstance(factors, Refitted)
-        rounding = make_rounding(config, model, curvature, work.folder / "rounded", fitted=fitted)
+        rounding = _rounding(work, curvature, fitted=fitted)
     compress(model, plan if teacher is None else whole, factors, rounding=rounding, track=work.track)
     if teacher is not None:
         _heal(work, whole, teacher)
@@ -177,9 +177,15 @@ def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> RankPla
     plans = byte_plans(config, model, store, curvature, work.folder / "rounding", work.track)
     rounding: Rounding = nearest
     if config.feeds_back:
-        rounding = make_rounding(config, model, curvature, work.folder / "rounded", fitted=False)
+        rounding = _rounding(work, curvature, fitted=False)
     judges = work.windows["gradients"][:JUDGES]
     return choose(plans, model, store, rounding, judges, resolve_device(config.device), work.track)
+
+
+def _rounding(work: Work, curvature: Curvature, *, fitted: bool) -> Rounding:
+    """By what the curvature says; the model is still dense."""
+    held_out = measure_held_out(work)
+    return make_rounding(work.config, work.model, curvature, work.folder / "rounded", fitted=fitted, held_out=held_out)
 
 
 def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> Refitted:

@@ -13,7 +13,7 @@ from rankwise.pipeline import tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.weights import needs_curvature, needs_factors
 
-JUDGES = 8  # windows, of those for the output gradients, that judge a refit and a healing
+JUDGES = 8  # windows, of those for the output gradients, that judge a refit, a healing and a rounding
 
 
 def roomy(device: torch.device, model: Any) -> torch.device:
@@ -36,6 +36,8 @@ def require_room_for(
     measures, factored = needs_curvature(config, given) and not config.scores, needs_factors(config, given)
     needed = tensor_bytes(model) + (moments if measures else 0) + (factors if measures and factored else 0)
     needed += factors if factored and config.refits else 0
+    rounds = config.feeds_back and (config.budget or (given.quantised if given else config.precision))
+    needed += sum(4 * w.shape[1] ** 2 for w in weights) if measures and rounds else 0  # held-out moments
     needed += tensor_bytes(model) // 2 if measures else 0  # rounded layers, at most
     if config.heal:  # values, best values and two moments of Adam; the last save stays until the next is complete
         heard = windows["learn"].numel() + windows["gradients"][:JUDGES].numel()

@@ -110,7 +110,15 @@ def others_of(config: CompressConfig, model: Any) -> dict[str, torch.Tensor]:
     return coded_tensors(model, found, config.embeddings) if config.embeddings else found
 
 
-def make_rounding(config: CompressConfig, model: Any, curvature: Curvature, folder: Path, *, fitted: bool) -> Rounder:
+def make_rounding(
+    config: CompressConfig,
+    model: Any,
+    curvature: Curvature,
+    folder: Path,
+    *,
+    fitted: bool,
+    held_out: Curvature | None = None,
+) -> Rounder:
     """The rounding of a job.
 
     Args:
@@ -119,10 +127,11 @@ def make_rounding(config: CompressConfig, model: Any, curvature: Curvature, fold
         curvature: of the dense model.
         folder: of finished layers.
         fitted: factors were refitted or healed: they are to be repeated, not the dense weight.
+        held_out: inputs of other text, which judge; None: the guards go by `curvature`.
     """
     blocks = [list(block) for block in block_linears(model)]
     dense = None if fitted else lambda name: weight_of(model.get_submodule(name))
-    return Rounder(curvature, blocks, folder, dense, resolve_device(config.device))
+    return Rounder(curvature, blocks, folder, dense, resolve_device(config.device), held_out)
 
 
 def _budget(config: CompressConfig) -> ByteBudget:

@@ -32,6 +32,7 @@ class Rounder:
         dense: name to the weight `[m, n]` whose output a layer is to repeat; None: the layer's own, not rounded.
             Factors that were fitted to something else than that weight must not be pulled back to it.
         device: where it computes.
+        held_out: of the dense model on other text, inputs alone: what the guards of `alloc.rounding` go by.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Rounder:
         folder: Path,
         dense: Callable[[str], torch.Tensor] | None = None,
         device: torch.device | None = None,
+        held_out: Curvature | None = None,
     ) -> None:
         self.curvature, self.folder, self.dense, self.device = curvature, folder, dense, device or torch.device("cpu")
+        self.held_out = held_out
         self._block = {name: index for index, names in enumerate(blocks) for name in names}
         self._at = -1
-        self._moments: tuple[Tensors, Tensors] = {}, {}
+        self._moments: tuple[Tensors, Tensors, Tensors] = {}, {}, {}
 
     def __call__(self, name: str, matrices: Tensors, spec: LayerSpec) -> Tensors:
         """The stored tensors of a layer, by their names below the module; see `quantize.Rounding`.
@@ -70,10 +73,9 @@ class Rounder:
         return stored
 
     def _round(self, name: str, matrices: Tensors, weight: torch.Tensor | None, spec: LayerSpec) -> Rounded:
-        inputs, outputs = self._of(name)
         parts = {part: tensor.to(self.device) for part, tensor in matrices.items()}
         target = _product(parts) if weight is None else weight.to(self.device).float()
-        metric = grid_of(spec.precision), inputs, outputs
+        metric = grid_of(spec.precision), *self._of(name)
         if spec.kind == "dense":
             return round_dense(target, *metric)
         if spec.kind == "lowrank":
@@ -81,19 +83,21 @@ class Rounder:
         basis, coeff = parts["pivot_basis"].float(), parts["pivot_coeff"].float()
         return round_pivot(target, parts["pivot_index"], basis, coeff, *metric)
 
-    def _of(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """C and F of a layer; those of its block stay in memory until another block's are asked for."""
+    def _of(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """C, F and held-out C of a layer; those of its block stay in memory until another block's are asked for."""
         if self._block[name] != self._at:
             self._at = self._block[name]
             outputs = self.curvature.outputs(self._at) if self.curvature.has_outputs else {}
-            self._moments = self.curvature.inputs(self._at), outputs
-        inputs, outputs = self._moments
-        return inputs[name], outputs.get(name)
+            held_out = self.held_out.inputs(self._at) if self.held_out else {}
+            self._moments = self.curvature.inputs(self._at), outputs, held_out
+        inputs, outputs, held_out = self._moments
+        return inputs[name], outputs.get(name), held_out.get(name)
 
     def _key(self, matrices: Tensors, weight: torch.Tensor | None, spec: LayerSpec) -> str:
         """Of everything that decides the codes."""
         facts: dict[str, Any] = {"spec": [spec.kind, spec.rank, asdict(spec.precision)]}
-        said = hashlib.blake2b(json.dumps(facts | {"curvature": self.curvature.identity}).encode(), digest_size=12)
+        facts |= {"curvature": self.curvature.identity, "held_out": self.held_out and self.held_out.identity}
+        said = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12)
         for tensor in (*(matrices[part] for part in sorted(matrices)), *([] if weight is None else [weight])):
             said.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return said.hexdigest()

@@ -7,9 +7,11 @@ the V that will be there, `U = W C V̂ᵀ (V̂ C V̂ᵀ)⁻¹`, and rounded in t
 shares in both factors and then mixed by a random rotation, so that no column of U sets a scale which the others of its
 group cannot use.
 Pivot: basis and coefficients likewise; they leave no such freedom.
-What error feedback returns is never worse in the metric than round-to-nearest: that is tried as well.
+Two guards: error feedback is kept only where it does better than round-to-nearest, and what was solved again only
+where it does better than what was there; in the metric of held-out inputs, if their moments are given.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,7 +39,13 @@ class Rounded(NamedTuple):
 
 
 @torch.no_grad()
-def round_dense(weight: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor | None = None) -> Rounded:
+def round_dense(
+    weight: torch.Tensor,
+    grid: Grid,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor | None = None,
+    held_out: torch.Tensor | None = None,
+) -> Rounded:
     """Round a weight.
 
     Args:
@@ -45,6 +53,7 @@ def round_dense(weight: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs:
         grid: the format.
         inputs: C `[n, n]`, symmetric positive semi-definite up to rounding; may be singular or zero.
         outputs: F `[m, m]`, likewise, or None for the identity.
+        held_out: C of other text, for the guards; None: `inputs` itself.
 
     Returns:
         `weight` on the device of `weight`.
@@ -52,9 +61,10 @@ def round_dense(weight: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs:
     Raises:
         RankwiseError: NaN, Inf, a truly indefinite moment, or sizes that do not fit.
     """
-    w, c, f = _problem(weight, inputs, outputs)
+    w, c, f, judge = _problem(weight, inputs, outputs, held_out)
     tries = [_feedback(w, grid, c, f), grid.nearest(w)]
-    return min((Rounded({"weight": t}, _loss(w - decoded(t), c, f)) for t in tries), key=_lost)
+    best = min(tries, key=lambda t: _loss(w - decoded(t), judge, f))
+    return Rounded({"weight": best}, _loss(w - decoded(best), c, f))
 
 
 @torch.no_grad()
@@ -65,6 +75,7 @@ def round_lowrank(
     grid: Grid,
     inputs: torch.Tensor,
     outputs: torch.Tensor | None = None,
+    held_out: torch.Tensor | None = None,
 ) -> Rounded:
     """Round factors of a weight.
 
@@ -75,6 +86,7 @@ def round_lowrank(
         grid: of both.
         inputs: see `round_dense`.
         outputs: see `round_dense`.
+        held_out: see `round_dense`.
 
     Returns:
         `u` and `v`, of other factors of about the same product (see above); the loss includes what the rank has cost.
@@ -82,19 +94,17 @@ def round_lowrank(
     Raises:
         RankwiseError: see `round_dense`.
     """
-    w, c, f = _problem(weight, inputs, outputs)
+    w, c, f, judge = _problem(weight, inputs, outputs, held_out)
     given = _factors(w, u, v)
     turned_u, turned_v = turned(*given)
     first = _feedback(turned_v, grid, c, turned_u.T @ _applied(f, turned_u))
     v_hat = decoded(first)
     inner = v_hat @ c @ v_hat.T
     refit = turned_u + _project(w - turned_u @ v_hat, c, v_hat, inner)
-    best_u = min((refit, turned_u), key=lambda one: _loss(w - one @ v_hat, c, f))
-    tries = [(_feedback(best_u, grid, inner, f), first), tuple(grid.nearest(one) for one in given)]
-    return min(
-        (Rounded({"u": a, "v": b}, _loss(w - decoded(a) @ decoded(b), c, f)) for a, b in tries),
-        key=_lost,
-    )
+    solved = _worth_a_try(refit, turned_u, lambda one: _loss(w - one @ v_hat, judge, f))
+    tries = [(_feedback(one, grid, inner, f), first) for one in solved] + [tuple(map(grid.nearest, given))]
+    a, b = min(tries, key=lambda pair: _loss(w - decoded(pair[0]) @ decoded(pair[1]), judge, f))
+    return Rounded({"u": a, "v": b}, _loss(w - decoded(a) @ decoded(b), c, f))
 
 
 @torch.no_grad()
@@ -106,6 +116,7 @@ def round_pivot(
     grid: Grid,
     inputs: torch.Tensor,
     outputs: torch.Tensor | None = None,
+    held_out: torch.Tensor | None = None,
 ) -> Rounded:
     """Round a pivot layer, `Ŵ = Pᵀ [I; K] B`.
 
@@ -117,6 +128,7 @@ def round_pivot(
         grid: of both.
         inputs: see `round_dense`.
         outputs: see `round_dense`.
+        held_out: see `round_dense`.
 
     Returns:
         `basis` and `coeff`; the loss includes what the rank has cost.
@@ -124,7 +136,7 @@ def round_pivot(
     Raises:
         RankwiseError: see `round_dense`.
     """
-    w, c, f = _problem(weight, inputs, outputs)
+    w, c, f, judge = _problem(weight, inputs, outputs, held_out)
     b, k = _finite(basis, "basis").to(w), _finite(coeff, "coeff").to(w)
     if (len(b) + len(k), len(b), w.shape[1]) != (len(w), k.shape[1], b.shape[1]):
         raise RankwiseError("basis and coeff", (tuple(b.shape), tuple(k.shape)), f"those of a weight {tuple(w.shape)}")
@@ -134,18 +146,19 @@ def round_pivot(
     first = _feedback(b, grid, c, rows.T @ _applied(f, rows))
     b_hat = decoded(first)
 
-    def lost(coeff: torch.Tensor, basis: torch.Tensor) -> float:
-        return _loss(w - torch.cat([basis, coeff @ basis]), c, f)
+    def lost(coeff: torch.Tensor, basis: torch.Tensor, metric: torch.Tensor = judge) -> float:
+        return _loss(w - torch.cat([basis, coeff @ basis]), metric, f)
 
     inner, missing = b_hat @ c @ b_hat.T, w[rank:] - k @ b_hat
     if f is not None:  # the other rows can make up for what the basis rows have lost
         outer = _ridged(f[rank:, rank:])
         missing = missing + torch.linalg.solve(outer, f[rank:, :rank] @ (w[:rank] - b_hat))
     refit = k + _project(missing, c, b_hat, inner)
-    best = min((refit, k), key=lambda one: lost(one, b_hat))
-    second = _feedback(best, grid, inner, None if f is None else f[rank:, rank:])
-    tries = [(first, second), (grid.nearest(b), grid.nearest(k))]
-    return min((Rounded({"basis": x, "coeff": y}, lost(decoded(y), decoded(x))) for x, y in tries), key=_lost)
+    solved = _worth_a_try(refit, k, lambda one: lost(one, b_hat))
+    rest = None if f is None else f[rank:, rank:]
+    tries = [(first, _feedback(one, grid, inner, rest)) for one in solved] + [(grid.nearest(b), grid.nearest(k))]
+    x, y = min(tries, key=lambda pair: lost(decoded(pair[1]), decoded(pair[0])))
+    return Rounded({"basis": x, "coeff": y}, lost(decoded(y), decoded(x), c))
 
 
 def _feedback(w: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor | None) -> Stored:
@@ -167,6 +180,11 @@ def turned(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return (u * scale) @ turn.T, turn @ (v / scale[:, None])
 
 
+def _worth_a_try(refit: torch.Tensor, given: torch.Tensor, lost: Callable[[torch.Tensor], float]) -> list[torch.Tensor]:
+    """A factor that was solved again, and the given one too where that is better before it is rounded."""
+    return [refit] if lost(refit) <= lost(given) else [refit, given]
+
+
 def _project(missing: torch.Tensor, c: torch.Tensor, v: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     """The A for which `A v` is nearest to `missing` in the metric of C; `inner` is `v C vᵀ`."""
     return torch.linalg.solve(_ridged(inner), v @ c @ missing.T).T
@@ -185,19 +203,16 @@ def _loss(off: torch.Tensor, c: torch.Tensor, f: torch.Tensor | None) -> float:
     return float((_applied(f, off @ c) * off).sum()) / 2
 
 
-def _lost(found: Rounded) -> float:
-    return found.loss
-
-
 def _problem(
-    weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """W, C and F in fp64 on the weight's device."""
+    weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None, held_out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """W, C, F and the guards' C in fp64 on the weight's device."""
     w = _finite(weight, "weight").double()
     if w.ndim != 2:
         raise RankwiseError("weight", tuple(w.shape), "a matrix")
     c = _moment(inputs, "input moments", w.shape[1], w)
-    return w, c, None if outputs is None else _moment(outputs, "output-gradient moments", w.shape[0], w)
+    f = None if outputs is None else _moment(outputs, "output-gradient moments", w.shape[0], w)
+    return w, c, f, c if held_out is None else _moment(held_out, "held-out input moments", w.shape[1], w)
 
 
 def _moment(matrix: torch.Tensor, what: str, size: int, like: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,23 @@ def test_other_numbers_are_another_layer(source: Any, rounder: Callable[..., Rou
     assert coarse["weight_scale"].shape[1] == 2
 
 
+def test_held_out_inputs_reach_the_guards(source: Any, rounder: Callable[..., Rounder], tmp_path: Path) -> None:
+    model, curvature, store, plan = source
+    windows = torch.randint(2, 512, (2, 48), generator=torch.Generator().manual_seed(9))
+    held_out = collect(model, windows, None, tmp_path / "held_out", device=CPU)
+    name = next(name for name, spec in plan if spec.kind == "lowrank")
+    index = next(at for at, block in enumerate(block_linears(model)) if name in block)
+    spec, w = plan.layers[name], weight_of(model.get_submodule(name))
+    u, v = store.load(name, spec.rank)
+    rounder()(name, {"lowrank_u": u, "lowrank_v": v}, spec)
+    stored = rounder(dense=weight(model), held_out=held_out)(name, {"lowrank_u": u, "lowrank_v": v}, spec)
+    assert len(list((tmp_path / "rounded").iterdir())) == 2  # other text is another layer
+    metric = grid_of(spec.precision), curvature.inputs(index)[name], curvature.outputs(index)[name]
+    found = round_lowrank(w, u, v, *metric, held_out.inputs(index)[name])
+    for part in ("u", "v"):
+        assert torch.equal(stood_for(stored, f"lowrank_{part}"), decoded(found.tensors[part]))
+
+
 def test_factors_of_something_else_are_repeated_themselves(source: Any, rounder: Callable[..., Rounder]) -> None:
     """Without `dense` the target is the product of what is given; with it, the weight."""
     model, _, store, plan = source

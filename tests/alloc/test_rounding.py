@@ -17,7 +17,7 @@ from rankwise.errors import RankwiseError
 from rankwise.kernels.int4 import Int4, dequantize_int4, repack_int4
 from rankwise.kernels.int8 import Int8
 from rankwise.kernels.nf4 import LEVELS, NF4, repack_nf4
-from rankwise.kernels.quantized import Stored
+from rankwise.kernels.quantized import Stored, quantize
 
 GRIDS = [Grid("int4", 32), Grid("int4", 32, False), Grid("int4", 64), Grid("nf4", 64), Grid("int8", None)]
 ALL = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.name}-{g.group}-{'s' if g.symmetric else 'a'}")
@@ -196,18 +196,20 @@ def test_close_to_the_best_of_all_codes(two: bool) -> None:
 # --- whole layers -----------------------------------------------------------------------------------------------------
 
 
-def rounded(kind: str, w: Any, c: Any, f: Any, grid: Grid, rank: int = 64) -> tuple[Rounded, float, torch.Tensor]:
+def rounded(
+    kind: str, w: Any, c: Any, f: Any, grid: Grid, held_out: Any = None, rank: int = 64
+) -> tuple[Rounded, float, torch.Tensor]:
     """What was found, the loss of round-to-nearest of the same tensors, and the product that was found."""
     if kind == "dense":
-        found = round_dense(w, grid, c, f)
+        found = round_dense(w, grid, c, f, held_out)
         return found, lost(w - decoded(grid.nearest(w)), c, f), product(found)
     if kind == "lowrank":
         factors = factorize(w, c, f)
         u, v = factors.u[:, :rank], factors.v[:rank]
-        found, plain = round_lowrank(w, u, v, grid, c, f), (grid.nearest(u), grid.nearest(v))
+        found, plain = round_lowrank(w, u, v, grid, c, f, held_out), (grid.nearest(u), grid.nearest(v))
         return found, lost(w - decoded(plain[0]) @ decoded(plain[1]), c, f), product(found)
     index, basis, coeff = pivots(w, c, f, rank)
-    found = round_pivot(w, index, basis, coeff, grid, c, f)
+    found = round_pivot(w, index, basis, coeff, grid, c, f, held_out)
     plain_one = Rounded({"basis": grid.nearest(basis), "coeff": grid.nearest(coeff)}, 0)
     return found, lost(w - product(plain_one, index), c, f), product(found, index)
 
@@ -242,6 +244,31 @@ def test_round_to_nearest_stays_where_feedback_loses(kind: str, monkeypatch: pyt
     monkeypatch.setattr(rounding, "search_scales", wide)
     found, plain, _ = rounded(kind, draw(90, 128), torch.eye(128).double(), None, Grid("int4", 32))
     assert found.loss == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lowrank", "pivot"])
+def test_what_a_few_tokens_taught_stays_only_if_other_text_agrees(kind: str) -> None:
+    w, few, other = draw(90, 128), draw(12, 128, seed=3), moment(128, 4, 0.0)
+    c, grid = few.T @ few / 12, Grid("int4", 32)
+    blind, _, taken = rounded(kind, w, c, None, grid)
+    found, _, kept = rounded(kind, w, c, None, grid, other)
+    assert lost(w - kept, other, None) < 0.9 * lost(w - taken, other, None)
+    assert found.loss == pytest.approx(lost(w - kept, c, None), rel=1e-6)  # the metric of the prediction stays
+    assert found.loss > blind.loss
+    agreed, _, same = rounded(kind, w, c, None, grid, c)
+    assert torch.equal(same, taken)
+    assert agreed.loss == blind.loss
+
+
+def test_a_factor_that_was_solved_again_goes_back_only_if_other_text_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rounding to nearest out of the race."""
+    w, few, grid = draw(90, 128), draw(12, 128, seed=3), Grid("int4", 32)
+    c, other = few.T @ few / 12, moment(128, 4, 0.0)
+    monkeypatch.setattr(Grid, "nearest", lambda grid, one: quantize(100 * one.contiguous(), "int4", 32, True))
+    factors = factorize(w, other)
+    pair = factors.u[:, :64], factors.v[:64]
+    blind, found = round_lowrank(w, *pair, grid, c), round_lowrank(w, *pair, grid, c, None, other)
+    assert lost(w - product(found), other, None) < 0.98 * lost(w - product(blind), other, None)
 
 
 @ALL
@@ -426,6 +453,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         round_dense(w, grid, moment(64))
     with pytest.raises(RankwiseError, match="output-gradient moments"):
         round_dense(w, grid, c, moment(71))
+    with pytest.raises(RankwiseError, match="held-out input moments"):
+        round_dense(w, grid, c, None, moment(64))
     with pytest.raises(RankwiseError, match="divides the 100 columns"):
         round_dense(w[:, :100], grid, c[:100, :100])
     with pytest.raises(RankwiseError, match="divides the 33 columns"):
