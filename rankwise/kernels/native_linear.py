@@ -93,16 +93,16 @@ class HostGroup:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """All layers on one input, `[..., n]` to `[..., Σ m]`; bf16, without a gradient."""
-        tokens = prod(x.shape[:-1])
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        if not native.usable(x) or x.dtype != torch.bfloat16 or (tokens >= MANY and native.has_tiles()):
+        flat = x if x.ndim == 2 else x.reshape(-1, self.inputs)
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        tokens = len(flat)
+        if not native.usable(flat) or flat.dtype != torch.bfloat16 or (tokens >= MANY and native.has_tiles()):
             return self.reference(x)
-        flat = x.reshape(tokens, self.inputs)
-        y = torch.empty(*x.shape[:-1], self.outputs, dtype=x.dtype)
+        y = torch.empty((tokens, self.outputs), dtype=torch.bfloat16)
         work = self.inputs * self.outputs * tokens
         if tokens and native.call("linears", work, flat, y, self.head, tokens, flat.stride(0)):
             raise MemoryError("no memory for the inputs of second factors")
-        return y
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.outputs)
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         """The same by the library, on rows that are put together for the moment."""
