@@ -7,8 +7,9 @@ the V that will be there, `U = W C V̂ᵀ (V̂ C V̂ᵀ)⁻¹`, and rounded in t
 shares in both factors and then mixed by a random rotation, so that no column of U sets a scale which the others of its
 group cannot use.
 Pivot: basis and coefficients likewise; they leave no such freedom.
-Two guards: error feedback is kept only where it does better than round-to-nearest, and what was solved again only
-where it does better than what was there; in the metric of held-out inputs, if their moments are given.
+Two guards, in the metric of held-out inputs if their moments are given: error feedback is kept only where it does
+better than round-to-nearest, and a factor that is worse for having been solved again competes with the one that was
+there.
 """
 
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def round_lowrank(
     v_hat = decoded(first)
     inner = v_hat @ c @ v_hat.T
     refit = turned_u + _project(w - turned_u @ v_hat, c, v_hat, inner)
-    solved = _worth_a_try(refit, turned_u, lambda one: _loss(w - one @ v_hat, judge, f))
+    solved = _contenders(refit, turned_u, lambda one: _loss(w - one @ v_hat, judge, f))
     tries = [(_feedback(one, grid, inner, f), first) for one in solved] + [tuple(map(grid.nearest, given))]
     a, b = min(tries, key=lambda pair: _loss(w - decoded(pair[0]) @ decoded(pair[1]), judge, f))
     return Rounded({"u": a, "v": b}, _loss(w - decoded(a) @ decoded(b), c, f))
@@ -154,7 +155,7 @@ def round_pivot(
         outer = _ridged(f[rank:, rank:])
         missing = missing + torch.linalg.solve(outer, f[rank:, :rank] @ (w[:rank] - b_hat))
     refit = k + _project(missing, c, b_hat, inner)
-    solved = _worth_a_try(refit, k, lambda one: lost(one, b_hat))
+    solved = _contenders(refit, k, lambda one: lost(one, b_hat))
     rest = None if f is None else f[rank:, rank:]
     tries = [(first, _feedback(one, grid, inner, rest)) for one in solved] + [(grid.nearest(b), grid.nearest(k))]
     x, y = min(tries, key=lambda pair: lost(decoded(pair[1]), decoded(pair[0])))
@@ -180,7 +181,7 @@ def turned(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return (u * scale) @ turn.T, turn @ (v / scale[:, None])
 
 
-def _worth_a_try(refit: torch.Tensor, given: torch.Tensor, lost: Callable[[torch.Tensor], float]) -> list[torch.Tensor]:
+def _contenders(refit: torch.Tensor, given: torch.Tensor, lost: Callable[[torch.Tensor], float]) -> list[torch.Tensor]:
     """A factor that was solved again, and the given one too where that is better before it is rounded."""
     return [refit] if lost(refit) <= lost(given) else [refit, given]
 

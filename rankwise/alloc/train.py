@@ -1,15 +1,16 @@
 """One training loop for all methods that learn masks: a frozen model, masked linear layers, mask parameters alone.
 
 Every step is a function of what was learnt before it, the seed and its number: which text it sees and what noise it
-draws. So a run that was killed and continued learns the same to the last bit.
+draws. So a run that was killed and continued, by as many processes, learns the same to the last bit.
 
 Several processes (`rankwise.distributed`) share out the sequences of a step, add up their gradients, and make the same
-step each; the main one writes.
+step each; the main one writes. Those for which no sequence is left do not take the model to their device. What is
+learnt is that of one process up to the rounding of sums.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from rankwise.alloc.masks import Drawn
 from rankwise.alloc.overlay import Overlay, overlaid
 from rankwise.alloc.seeds import generator
 from rankwise.alloc.trainstate import Progress, TrainState
-from rankwise.distributed import gather, own
+from rankwise.distributed import gather, own, rank, require_same
 from rankwise.errors import RankwiseError
 from rankwise.progress import say
 
@@ -98,7 +99,9 @@ class Step:
     teacher: list[torch.Tensor]
 
 
-Objective = Callable[[Step], tuple[torch.Tensor, dict[str, torch.Tensor]]]  # ratio kept, and the terms of the loss
+# Ratio kept, and the terms of the loss. Where processes share a step, each term must be a mean over its sequences, or
+# not depend on them.
+Objective = Callable[[Step], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def train(
@@ -128,6 +131,7 @@ def train(
     state = TrainState(calibration.folder, known)
     optimiser = OPTIMISERS[recipe.optimiser](bank.parameters(), lr=recipe.lr, weight_decay=0.0)
     progress = state.load(bank, optimiser)
+    require_same("training", progress.__dict__)
     if not progress.finished:
         loop = _Loop(bank, ledger, recipe, objective, calibration, pieces, state, optimiser, progress)
         with torch.enable_grad():
@@ -151,7 +155,11 @@ class _Loop:
         recipe, progress = self.recipe, self.progress
         options = {"probe": recipe.probe, "dense": recipe.dense or recipe.taps, "checkpointing": recipe.checkpointing}
         track = self.calibration.track("masks", recipe.steps)
-        with overlaid(self.calibration, self.bank.sizes, **options) as overlay, track as advance:
+        idle = rank() >= recipe.batch
+        with (
+            nullcontext() if idle else overlaid(self.calibration, self.bank.sizes, **options) as overlay,
+            track as advance,
+        ):
             for _ in range(progress.step):
                 advance()
             while not progress.finished:
@@ -162,7 +170,7 @@ class _Loop:
                 if progress.finished or progress.step % recipe.save_every == 0:
                     self.state.save(self.bank, self.optimiser, progress)
 
-    def _step(self, overlay: Overlay) -> dict[str, Any]:
+    def _step(self, overlay: Overlay | None) -> dict[str, Any]:
         """One step; returns its line of the log."""
         number, began = self.progress.step, time.perf_counter()
         for group in self.optimiser.param_groups:
@@ -173,12 +181,12 @@ class _Loop:
         seconds = round(time.perf_counter() - began, 3)
         return {"step": number, "ratio": ratio, **terms, "seconds": seconds}
 
-    def _backward(self, overlay: Overlay, number: int) -> tuple[float, dict[str, float]]:
+    def _backward(self, overlay: Overlay | None, number: int) -> tuple[float, dict[str, float]]:
         """Gradients of the mask parameters, of all processes; returns the ratio and every term of the loss."""
         drawn = self.bank.draw(generator(self.calibration.seed, number))
         self.optimiser.zero_grad()
-        mine = self._batch(number)[list(own(self.recipe.batch))].to(overlay.device)
-        told = gather(self._pass(overlay, number, drawn, mine) if len(mine) else (0.0, {}))
+        mine = self._batch(number)[list(own(self.recipe.batch))]
+        told = gather((0.0, {}) if overlay is None else self._pass(overlay, number, drawn, mine.to(overlay.device)))
         sum_gradients(self.bank.parameters())
         ratio, names = told[0][0], told[0][1]  # the main process always has a sequence
         return ratio, {name: sum(terms.get(name, 0.0) for _, terms in told) for name in names}

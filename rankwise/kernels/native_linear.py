@@ -93,6 +93,8 @@ class HostGroup:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """All layers on one input, `[..., n]` to `[..., Σ m]`; bf16, without a gradient."""
+        if x.shape[-1] != self.inputs:
+            raise ValueError(f"inputs of {x.shape[-1]} features; the layers take {self.inputs}")
         flat = x if x.ndim == 2 else x.reshape(-1, self.inputs)
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         tokens = len(flat)

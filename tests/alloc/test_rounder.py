@@ -122,7 +122,7 @@ def test_held_out_inputs_reach_the_guards(source: Any, rounder: Callable[..., Ro
     index = next(at for at, block in enumerate(block_linears(model)) if name in block)
     spec, w = plan.layers[name], weight_of(model.get_submodule(name))
     u, v = store.load(name, spec.rank)
-    rounder()(name, {"lowrank_u": u, "lowrank_v": v}, spec)
+    rounder(dense=weight(model))(name, {"lowrank_u": u, "lowrank_v": v}, spec)
     stored = rounder(dense=weight(model), held_out=held_out)(name, {"lowrank_u": u, "lowrank_v": v}, spec)
     assert len(list((tmp_path / "rounded").iterdir())) == 2  # other text is another layer
     metric = grid_of(spec.precision), curvature.inputs(index)[name], curvature.outputs(index)[name]

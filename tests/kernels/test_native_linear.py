@@ -197,6 +197,9 @@ def test_inputs_of_any_layout() -> None:
     assert run(group, wide[:0, :, :40]).shape == (0, 3, 75)
     expanded = draw(1, 40, dtype=BF16).expand(4, 40)
     assert torch.equal(run(group, expanded), run(group, expanded[:1]).expand(4, -1))
+    for narrow in (wide[0, :, :39], wide[..., :39]):
+        with pytest.raises(ValueError, match="39 features; the layers take 40"):
+            group(narrow)
 
 
 @pytest.mark.parametrize("stored", FORMATS)

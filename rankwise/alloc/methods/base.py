@@ -54,7 +54,6 @@ class Method:
     name: ClassVar[str]
     default_sides: ClassVar[str]
     refits: ClassVar[bool] = False  # True if factors are refitted unless the user says no
-    shared: ClassVar[bool] = False  # True if several processes can share out what it learns
     learns: ClassVar[bool] = False  # True if `allocate` needs a Calibration: the method runs the model
     spends_bytes: ClassVar[bool] = False  # True if it can choose precisions too, under a budget of bytes
 
@@ -74,6 +73,11 @@ class Method:
     def two_sided(self) -> bool:
         """True if output-gradient moments are needed."""
         return self.sides == "two"
+
+    @property
+    def shared(self) -> bool:
+        """True if several processes share out what it learns."""
+        return False
 
     def options(self) -> dict[str, Any]:
         """The method and its options as JSON-ready data, for provenance."""

@@ -56,6 +56,11 @@ class Dobi(Trained):
         """The learning rate in use, in shares of a layer's components a step."""
         return self.paper_lr * min(FASTEST, self.paper_steps / self.steps) if self.lr is None else self.lr
 
+    @property
+    def shared(self) -> bool:
+        """The exponential of a mean over all sequences is no sum of parts."""
+        return False
+
     def _recipe(self, **more: Any) -> Recipe:
         return super()._recipe(optimiser="adam", last_lr=0.8 * self.rate, **more)
 

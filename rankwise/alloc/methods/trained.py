@@ -67,7 +67,6 @@ class Trained(Method):
 
     default_sides: ClassVar[str] = "two"
     learns: ClassVar[bool] = True
-    shared: ClassVar[bool] = True
     starts: ClassVar[tuple[str, ...]] = ("uniform", "global")
     paper_lr: ClassVar[float]
     paper_steps: ClassVar[int]
@@ -85,6 +84,11 @@ class Trained(Method):
     def rate(self) -> float:
         """The learning rate in use."""
         return self.paper_lr * self.paper_steps / self.steps if self.lr is None else self.lr
+
+    @property
+    def shared(self) -> bool:
+        """Sequences of a step are; one alone cannot be."""
+        return self.batch > 1
 
     def _bank(self, task: Task) -> Bank | HyperNet:
         """The masks at their start."""

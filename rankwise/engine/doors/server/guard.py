@@ -74,7 +74,7 @@ class Guard:
             async with asyncio.timeout(self.config.timeout + SLACK):
                 await self.app(scope, receive, send)
         except TimeoutError:  # a call's own time-out came before; so the answer is not taken. The server closes it
-            scope[REPORT]["outcome"] = "timeout"
+            scope[REPORT].setdefault("outcome", "timeout")
 
     def _admit(self, headers: dict[bytes, bytes]) -> None:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

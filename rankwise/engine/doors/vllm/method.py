@@ -113,7 +113,7 @@ class RankwiseLinearMethod(LinearMethodBase):
         return self.run(x, step)
 
     def run(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        """One step: all of the layer, or its first or second factor."""
+        """One step: all of the layer, or its first or second factor; always a new tensor, as its op has promised."""
         if not isinstance(self.group, Halves):
             return packed_linear(x, self.group)
         return packed_linear(x, self.group.first) if step == FIRST else self.group.finish(x)
@@ -129,8 +129,8 @@ def _shape(x: torch.Tensor, key: str, step: int, outputs: int) -> torch.Tensor:
 
 # One node for the compiler: which kernels run depends on the number of tokens, which compiled code does not know.
 # Without a gradient, and registered by hand: a call of `torch.library.custom_op` takes nearly twice as long.
-_LIBRARY = torch.library.Library("rankwise", "FRAGMENT")
-_LIBRARY.define("vllm_linear(Tensor x, str key, int step, int outputs) -> Tensor")
-_LIBRARY.impl("vllm_linear", _linear, "CPU")
-_LIBRARY.impl("vllm_linear", _linear, "CUDA")
-torch.library.register_fake("rankwise::vllm_linear", _shape)
+if not hasattr(torch.ops.rankwise, "vllm_linear"):
+    _LIBRARY = torch.library.Library("rankwise", "FRAGMENT")
+    _LIBRARY.define("vllm_linear(Tensor x, str key, int step, int outputs) -> Tensor")
+    _LIBRARY.impl("vllm_linear", _linear, "CompositeExplicitAutograd")
+    torch.library.register_fake("rankwise::vllm_linear", _shape, lib=_LIBRARY)
