@@ -20,7 +20,7 @@ import torch
 
 from bench.texts import add_text_options, test_windows, train_windows
 from rankwise.alloc.calibration import Calibration
-from rankwise.alloc.curvature import Curvature, collect, hash_windows
+from rankwise.alloc.curvature import FORMAT, Curvature, collect, hash_windows
 from rankwise.alloc.heal import HealConfig, heal
 from rankwise.alloc.methods import METHODS, Method
 from rankwise.alloc.refit import refit
@@ -32,11 +32,11 @@ from rankwise.pipeline import compress
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
+from rankwise.windows import JUDGES
 from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-JUDGES = 8  # windows for the output gradients that judge a refit
 SHARED_PROBES = ("strs", "asvd")  # their measurements serve all ratios
 
 
@@ -87,15 +87,16 @@ def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, A
         return []
     facts = identity(bench, options)
     rows = kept_rows(options.out, facts)
+    require_metric(rows, {case.key: metric(case, options) for case in cases}, options.out)
     for case in cases:
         if not wanted(case, options) or case.key in {row["key"] for row in rows}:
             continue
-        row = facts | {"key": case.key, **json.loads(json.dumps(asdict(case)))} | in_process(bench, case)
-        rows.append(row)
+        row = facts | metric(case, options) | {"key": case.key, **json.loads(json.dumps(asdict(case)))}
+        rows.append(row | in_process(bench, case))
         with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
-        print(f"{case.name:36} kept {case.ratio:.2f}  {figures}  {row['seconds']:.0f} s", flush=True)  # noqa: T201
+            file.write(json.dumps(rows[-1]) + "\n")
+        figures = "  ".join(f"{test} {value:.2f}" for test, value in rows[-1]["perplexity"].items())
+        print(f"{case.name:36} kept {case.ratio:.2f}  {figures}  {rows[-1]['seconds']:.0f} s", flush=True)  # noqa: T201
     return rows
 
 
@@ -182,7 +183,7 @@ def calibrate(case: Case, model: Any, tokenizer: Any, options: argparse.Namespac
     started, sides = time.monotonic(), str(build(case, options).sides)
     where = options.work / f"{case.calibration}-{case.samples}-{case.gradient_samples}"
     train = train_windows(case.calibration, options, tokenizer)
-    inputs, gradients = train[: case.samples], train[case.samples : case.samples + case.gradient_samples]
+    inputs, gradients = train[: case.samples], train[: case.gradient_samples]
     curvature: Curvature = collect(model, inputs, gradients, where / "curvature", device=CPU, track=on_terminal)
     store = factorize_model(model, curvature, where / f"factors-{sides}", sides=sides, device=CPU, track=on_terminal)
     spent = time.monotonic() - started
@@ -204,6 +205,12 @@ def identity(bench: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"bench": bench, "device": "cpu", "versions": versions(), **texts} | {k: getattr(options, k) for k in keys}
 
 
+def metric(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """What rows that see output gradients carry beside: in which form these were summed."""
+    sees = case.method and (case.refit or build(case, options).two_sided)
+    return {"curvature": FORMAT} if sees else {}
+
+
 def kept_rows(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of an earlier, interrupted command of the same run."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +221,13 @@ def kept_rows(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     if different:
         sys.exit(f"{path} holds rows of a run with other {', '.join(different)}: give --out, or remove it")
     return rows
+
+
+def require_metric(rows: list[dict[str, Any]], metrics: dict[str, dict[str, Any]], path: Path) -> None:
+    """Refuse rows whose output gradients were summed in another form."""
+    old = [row["name"] for row in rows if row.get("curvature") != metrics.get(row["key"], row).get("curvature")]
+    if old:
+        sys.exit(f"{path}: {', '.join(old)} were measured with another curvature: give --out, or remove these rows")
 
 
 def parse(bench: str, description: str, arguments: list[str] | None = None) -> argparse.Namespace:

@@ -37,9 +37,9 @@ def main() -> None:
     quiet_transformers()
     device = torch.device("cpu")
     model, tokenizer = load_model(options.model, options.dtype)
-    sizes = [options.samples, options.gradient_samples]
     train = token_windows(read_text(options.train), tokenizer, options.seq_len)
-    inputs, gradients = take_windows(train, sum(sizes), options.train).split(sizes)
+    inputs = take_windows(train, max(options.samples, options.gradient_samples), options.train)
+    inputs, gradients = inputs[: options.samples], inputs[: options.gradient_samples]
     test = token_windows(read_text(options.test, "test"), tokenizer, options.seq_len)
     test = take_windows(test, options.windows, options.test)
     run = identity(options, model_dtype(model))

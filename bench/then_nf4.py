@@ -19,6 +19,7 @@ from torch.nn import functional
 from bench.harness import Case, calibrate, identity, kept_rows, parse, refitted
 from bench.methods import cases
 from bench.texts import test_windows, train_windows
+from rankwise.alloc.curvature import FORMAT
 from rankwise.anatomy import weight_of
 from rankwise.engine.checkpoint import save
 from rankwise.evaluate import perplexity
@@ -26,10 +27,10 @@ from rankwise.kernels.nf4 import BLOCK, dequantize_nf4, quantize_nf4
 from rankwise.pipeline import compress, tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
+from rankwise.windows import JUDGES
 from rankwise.zoo import load_model, quiet_transformers
 
 RATIO = 0.8
-JUDGES = 8
 FACTORS = ("lowrank_u", "lowrank_v", "pivot_basis", "pivot_coeff")
 
 
@@ -94,7 +95,7 @@ def main() -> None:
     options = parse("then_nf4", str(__doc__), rest)
     options.save = own.save
     quiet_transformers()
-    facts = identity("then_nf4", options)
+    facts = identity("then_nf4", options) | {"curvature": FORMAT}
     there = {row["name"] for row in kept_rows(options.out, facts)}
     for name in own.names:
         if name in there:

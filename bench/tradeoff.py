@@ -23,7 +23,7 @@ import torch
 from bench.harness import CPU, kept_rows
 from bench.rotation import rotate
 from bench.texts import add_text_options, test_windows, train_windows
-from rankwise.alloc.curvature import Curvature, collect
+from rankwise.alloc.curvature import FORMAT, Curvature, collect
 from rankwise.alloc.joint import StoredChoices, joint_plan, plan_within
 from rankwise.alloc.methods import Global
 from rankwise.alloc.methods.base import Method
@@ -40,9 +40,9 @@ from rankwise.plan import KINDS, RankPlan
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
 from rankwise.quantize import nearest
-from rankwise.room import JUDGES
 from rankwise.storage import Precision
 from rankwise.weights import rounding_plan
+from rankwise.windows import JUDGES
 from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
 
 RESULTS = Path(__file__).parent / "results"
@@ -184,7 +184,8 @@ def main() -> None:
 def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
     """Curvature, factors and the table of rounding losses, made or found."""
     train = train_windows("wikitext2", options, tokenizer)
-    inputs, gradients = train[: options.samples], train[options.samples :][: options.gradient_samples]
+    inputs, gradients = train[: options.samples], train[: options.gradient_samples]
+    judges = train[options.samples :][:JUDGES]
     work = options.work / ("plain" if options.plain else "rotated")
     curvature = collect(model, inputs, gradients, work / "curvature", device=CPU, track=on_terminal)
     store = factorize_model(model, curvature, work / "factors", sides="two", device=CPU, track=on_terminal)
@@ -192,8 +193,8 @@ def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
     assert budget is not None
     precisions, place = budget.for_model(model_dtype(model)), work / "rounding"
     table = measure_rounding(model, curvature, store, precisions, KINDS, place, device=CPU, track=on_terminal)
-    held_out = collect(model, gradients[:JUDGES], None, work / "held_out", device=CPU, track=on_terminal)
-    return Bench(model, curvature, store, table, work / "rounded", gradients[:JUDGES], held_out)
+    held_out = collect(model, judges, judges, work / "held_out", device=CPU, track=on_terminal)
+    return Bench(model, curvature, store, table, work / "rounded", judges, held_out)
 
 
 def wanted(name: str, share: float | None, options: argparse.Namespace) -> bool:
@@ -206,7 +207,7 @@ def identity(options: argparse.Namespace) -> dict[str, Any]:
     """What every row of a run carries."""
     keys = ("model", "samples", "gradient_samples", "seq_len", "windows")
     texts = {key: Path(getattr(options, key)).name for key in ("train", "test", "c4")}
-    return {"bench": "tradeoff", "device": "cpu", "versions": versions(), **texts} | {
+    return {"bench": "tradeoff", "device": "cpu", "versions": versions(), "curvature": FORMAT, **texts} | {
         key: getattr(options, key) for key in keys
     }
 

@@ -75,7 +75,7 @@ def compress(
         str, typer.Option(help="Text: .txt, .jsonl, embedded:python-docs, wikitext2, c4.")
     ] = "embedded:python-docs",
     samples: Annotated[int, typer.Option(help="Windows for the second moments of inputs.")] = 64,
-    gradient_samples: Annotated[int, typer.Option(help="Windows for those of output gradients.")] = 16,
+    gradient_samples: Annotated[int, typer.Option(help="Windows for output gradients.")] = 16,
     measure: Annotated[int, typer.Option(help="Held-out windows for perplexity before and after; 0: none.")] = 4,
     learn: Annotated[str | None, typer.Option(help="Text to train, refit, heal on; default: --samples.")] = None,
     learn_samples: Annotated[int, typer.Option(help="Windows of --learn; 0: all, up to 256.")] = 0,

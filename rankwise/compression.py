@@ -26,7 +26,7 @@ from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
 from rankwise.quantize import Rounding, nearest
-from rankwise.room import JUDGES, require_room_for, roomy
+from rankwise.room import require_room_for, roomy
 from rankwise.rounded import byte_plans, make_rounding, require_budget
 from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_scores
 from rankwise.storage import Precision
@@ -178,7 +178,7 @@ def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> RankPla
     rounding: Rounding = nearest
     if config.feeds_back:
         rounding = _rounding(work, curvature, fitted=False)
-    judges = work.windows["gradients"][:JUDGES]
+    judges = work.windows["judges"]
     return choose(plans, model, store, rounding, judges, resolve_device(config.device), work.track)
 
 
@@ -189,7 +189,7 @@ def _rounding(work: Work, curvature: Curvature, *, fitted: bool) -> Rounding:
 
 
 def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> Refitted:
-    learn, judges = work.windows["learn"], work.windows["gradients"][:JUDGES]
+    learn, judges = work.windows["learn"], work.windows["judges"]
     identity = {"layers": plan.to_dict()["layers"], "curvature": curvature.identity, "text": hash_windows(learn)}
     into = Refitted(work.folder / "refit", store, identity)
     device = resolve_device(work.config.device)
@@ -201,7 +201,7 @@ def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature)
 
 def _healing_windows(work: Work) -> torch.Tensor:
     """What is distilled on, and behind it the windows that judge."""
-    return torch.cat([work.windows["learn"], work.windows["gradients"][:JUDGES]])
+    return torch.cat([work.windows["learn"], work.windows["judges"]])
 
 
 def _teach(work: Work) -> Teacher:
@@ -218,7 +218,7 @@ def _heal(work: Work, plan: RankPlan, teacher: Teacher) -> None:
     work.model.to(roomy(resolve_device(config.device), work.model))
     options = HealConfig(steps=config.heal, seed=config.text.seed)
     identity = {"plan": plan.to_dict(), "options": asdict(options), "text": hash_windows(windows)}
-    judges = min(JUDGES, len(work.windows["gradients"]))
+    judges = len(work.windows["judges"])
     names, folder = list(plan.compressed), work.folder
     healed = heal(work.model, names, teacher, windows, judges, options, folder, identity, track=work.track)
     work.model.to("cpu")

@@ -45,19 +45,20 @@ class TextConfig:
     """Which windows of which text calibrate.
 
     The text becomes one token stream, cut into windows without overlap: the first `samples` windows give
-    the input moments, the next `gradient_samples` the output-gradient moments, the next `measure` the
-    perplexities written into the checkpoint. With `shuffle` the windows are drawn in an order fixed by `seed`.
+    the input moments, the first `gradient_samples` those that output gradients weight; of the windows after them up
+    to eight judge what was fitted, and the next `measure` give the perplexities written into the checkpoint. With
+    `shuffle` the windows are drawn in an order fixed by `seed`.
 
     Args:
         text: a `.txt` or `.jsonl` file, `embedded:python-docs`, `wikitext2` or `c4`.
         samples: windows for the second moments of inputs.
-        gradient_samples: windows for the second moments of output gradients.
+        gradient_samples: windows for what output gradients say; may be more than `samples`.
         seq_len: tokens a window.
         measure: held-out windows for perplexity before and after; 0 skips it.
         shuffle: draw windows from all over the text.
         seed: fixes the shuffle, the sampled labels and everything that methods draw.
         learn: the text that methods learn from, refitting and healing included; None is the windows of `samples`.
-            Windows that calibrate gradients or measure are left out of it.
+            Windows that judge or measure are left out of it.
         learn_samples: windows of `learn`, from its start; 0 takes all, up to 256.
     """
 

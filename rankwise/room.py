@@ -13,8 +13,6 @@ from rankwise.pipeline import tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.weights import needs_curvature, needs_factors
 
-JUDGES = 8  # windows, of those for the output gradients, that judge a refit, a healing and a rounding
-
 
 def roomy(device: torch.device, model: Any) -> torch.device:
     """The device, or the CPU where the whole model would not fit on it."""
@@ -31,16 +29,16 @@ def require_room_for(
         return
     weights = [weight_of(m) for block in block_linears(model) for m in block.values()]
     outputs = config.method.two_sided or config.refits
-    moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 if outputs else 0)) for w in weights)
+    moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 + w.shape[1] ** 2 if outputs else 0)) for w in weights)
     factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
     measures, factored = needs_curvature(config, given) and not config.scores, needs_factors(config, given)
     needed = tensor_bytes(model) + (moments if measures else 0) + (factors if measures and factored else 0)
     needed += factors if factored and config.refits else 0
     rounds = config.feeds_back and (config.budget or (given.quantised if given else config.precision))
-    needed += sum(4 * w.shape[1] ** 2 for w in weights) if measures and rounds else 0  # held-out moments
+    needed += moments if measures and rounds else 0  # held-out ones
     needed += tensor_bytes(model) // 2 if measures else 0  # rounded layers, at most
     if config.heal:  # values, best values and two moments of Adam; the last save stays until the next is complete
-        heard = windows["learn"].numel() + windows["gradients"][:JUDGES].numel()
+        heard = windows["learn"].numel() + windows["judges"].numel()
         needed += 2 * 4 * 4 * sum(w.numel() for w in weights) + 8 * KEPT * heard
     folders = [work_folder(config.out), *([config.curvature] if config.curvature else [])]
     there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())

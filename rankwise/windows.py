@@ -9,7 +9,8 @@ from rankwise.config import CompressConfig
 from rankwise.text import read_text, take_windows, token_windows
 
 LEARN_WINDOWS = 256  # of a text that is given to learn from, unless the user says how many
-USES = ("inputs", "gradients", "measure", "learn")
+JUDGES = 8  # windows that nothing is fitted to, or as many as the output gradients have if those are fewer
+USES = ("inputs", "gradients", "judges", "measure", "learn")
 
 
 def read_texts(config: CompressConfig, curvature: bool = True) -> dict[str, str]:
@@ -40,9 +41,10 @@ def cut_windows(config: CompressConfig, raw: dict[str, str], model: Any, tokeniz
         tokenizer: of the model.
 
     Returns:
-        `inputs` and `gradients` for the moments, `measure` for perplexity, `learn` for training, refitting and
-        healing: each `[N, T]`, empty where no text is needed. Without a text of its own `learn` is `inputs`; none of
-        the windows that judge (`gradients`, `measure`) is ever in it.
+        `inputs` and `gradients` for the moments (the longer one begins with the other), `learn` for training, refitting
+        and healing, `judges` for what is kept of a refit, a healing, a rounding or several plans, `measure` for
+        perplexity: each `[N, T]`, empty where no text is needed. Without a text of its own `learn` is `inputs`; none of
+        the windows that judge (`judges`, `measure`) is ever in it.
 
     Raises:
         RankwiseError: a text is too short, or the windows are longer than the model's context.
@@ -51,14 +53,15 @@ def cut_windows(config: CompressConfig, raw: dict[str, str], model: Any, tokeniz
     found = dict.fromkeys(USES, torch.empty(0, text.seq_len, dtype=torch.int64))
     if "calibration" in raw:
         require_context(model, text.seq_len)
-        sizes = [text.samples, text.gradient_samples, text.measure]
+        sizes = [max(text.samples, text.gradient_samples), min(JUDGES, text.gradient_samples), text.measure]
         every = token_windows(raw["calibration"], tokenizer, text.seq_len)
         taken = take_windows(every, sum(sizes), text.text, shuffle=text.shuffle, seed=text.seed)
-        found |= zip(("inputs", "gradients", "measure"), taken.split(sizes), strict=True)
+        fit, found["judges"], found["measure"] = taken.split(sizes)
+        found |= {"inputs": fit[: text.samples], "gradients": fit[: text.gradient_samples]}
         found["learn"] = found["inputs"]
     if "learn" in raw:
         every = token_windows(raw["learn"], tokenizer, text.seq_len)
-        fresh = _without(every, torch.cat([found["gradients"], found["measure"]]))
+        fresh = _without(every, torch.cat([found["judges"], found["measure"]]))
         count = text.learn_samples or min(LEARN_WINDOWS, max(1, len(fresh)))
         found["learn"] = take_windows(fresh, count, str(text.learn))
     return found

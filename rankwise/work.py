@@ -14,7 +14,6 @@ from rankwise.distributed import from_main, is_main, world
 from rankwise.pipeline import measure_factors
 from rankwise.plan import RankPlan
 from rankwise.progress import Track
-from rankwise.room import JUDGES
 from rankwise.scores import FACTORS
 from rankwise.weights import needs_factors
 from rankwise.zoo import model_dtype, resolve_device
@@ -52,11 +51,13 @@ def measure_curvature(work: Work) -> Curvature:
 
 
 def measure_held_out(work: Work) -> Curvature | None:
-    """Moments of the inputs of the windows that judge, by the dense model; None if there are none."""
-    judges, device = work.windows["gradients"][:JUDGES], resolve_device(work.config.device)
+    """The same of the windows that judge, by the dense model; None if there are none."""
+    config, judges = work.config, work.windows["judges"]
     if not len(judges):
         return None
-    return collect(work.model, judges, None, work.folder / "held_out", device=device, track=work.track)
+    folder, device = work.folder / "held_out", resolve_device(config.device)
+    gradients = judges if config.method.two_sided else None
+    return collect(work.model, judges, gradients, folder, device=device, seed=config.text.seed, track=work.track)
 
 
 def measure(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:

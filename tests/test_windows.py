@@ -39,19 +39,20 @@ def rows(windows: torch.Tensor) -> set[tuple[int, ...]]:
     return {tuple(window) for window in windows.tolist()}
 
 
-def test_one_text_gives_four_uses(text_file: Path, tokenizer: Any, cut: Any) -> None:
+def test_one_text_gives_five_uses(text_file: Path, tokenizer: Any, cut: Any) -> None:
     every = token_windows(text_file.read_text(), tokenizer, 32)
     found = cut(config(text_file))
     assert tuple(found) == USES
     assert torch.equal(found["inputs"], every[:4])
-    assert torch.equal(found["gradients"], every[4:6])
+    assert torch.equal(found["gradients"], every[:2])
+    assert torch.equal(found["judges"], every[4:6])
     assert torch.equal(found["measure"], every[6:7])
     assert torch.equal(found["learn"], every[:4])
 
 
 def test_shuffled_windows_are_still_apart(text_file: Path, cut: Any) -> None:
     found = cut(config(text_file, shuffle=True, seed=3))
-    assert not rows(found["learn"]) & (rows(found["gradients"]) | rows(found["measure"]))
+    assert not rows(found["learn"]) & (rows(found["judges"]) | rows(found["measure"]))
     assert not torch.equal(found["inputs"], cut(config(text_file))["inputs"])
 
 
@@ -91,7 +92,7 @@ def test_plans_from_scores_need_no_text_unless_they_are_healed(tmp_path: Path, t
     assert read_texts(plain) == {}
     assert {key: tuple(windows.shape) for key, windows in cut(plain).items()} == dict.fromkeys(USES, (0, 32))
     healed = cut(config(text_file, Ara(), scores=tmp_path, heal=3))
-    assert [len(healed[use]) for use in USES] == [4, 2, 1, 4]
+    assert [len(healed[use]) for use in USES] == [4, 2, 2, 1, 4]
 
 
 def test_short_texts_and_long_windows_are_refused(text_file: Path, tmp_path: Path, cut: Any) -> None:

@@ -1,8 +1,10 @@
 """Second moments of every linear layer's inputs and output gradients, streamed block by block.
 
-For a layer `y = W x`, with `W [m, n]`, the curvature is `C = E[x xᵀ]` (`[n, n]`) and `F = E[g gᵀ]` (`[m, m]`), where g
-is the gradient at y of the window's summed negative log-likelihood under labels drawn from the model itself
-(the true Fisher). Together they are the K-FAC approximation of the loss's Hessian (1503.05671).
+For a layer `y = W x`, with `W [m, n]`, the one-sided metric is `C = E[x xᵀ]` (`[n, n]`). The two-sided one is a
+Kronecker approximation of the loss's Hessian, in the manner of K-FAC (1503.05671): the mean of that C and of
+`E[‖g‖² x xᵀ] / E‖g‖²`, and `F = E‖g‖² E[ĝ ĝᵀ]` (`[m, m]`), where g = ‖g‖ ĝ is the gradient at y of the window's summed
+negative log-likelihood under labels drawn from the model itself (the true Fisher). `moments.GradientSums` says why
+tokens are weighted.
 
 The folder they are streamed to is the job's memory: killed anywhere, the next run continues with the first
 block whose file is missing, and computes the same bytes.
@@ -17,17 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.alloc.moments import MAGNITUDES
+from rankwise.alloc.moments import EMPHASIS, MAGNITUDES, WEIGHTED
 from rankwise.alloc.stream import BlockStream
 from rankwise.alloc.sweeps import sweep_backward, sweep_forward
 from rankwise.anatomy import block_linears, require_finite
 from rankwise.distributed import from_main, is_main, require_same
 from rankwise.errors import RankwiseError
-from rankwise.files import open_tensors, read_json, read_tensors, write_json
+from rankwise.files import open_tensors, read_json, write_json
 from rankwise.jobs import locked
 from rankwise.progress import Track, silent
 
-FORMAT = 2  # 2: the inputs' files hold mean magnitudes too
+FORMAT = 3  # 2: the inputs' files hold mean magnitudes too; 3: the outputs' files hold weighted input moments
 INDEX = "curvature.json"
 
 
@@ -84,7 +86,35 @@ class Curvature:
 
     def outputs(self, index: int) -> dict[str, torch.Tensor]:
         """Layer name to F `[m, m]` fp32."""
-        return read_tensors(self.file("outputs", index))
+        with open_tensors(self.file("outputs", index)) as file:
+            names = [name for name in file.keys() if not name.startswith((WEIGHTED, EMPHASIS))]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}
+
+    def weighted(self, index: int) -> dict[str, torch.Tensor]:
+        """Layer name to C `[n, n]` fp32, each token counted as its output gradient says (`moments.GradientSums`)."""
+        return self._under(WEIGHTED, index)
+
+    def emphasis(self, index: int) -> dict[str, torch.Tensor]:
+        """Layer name to the weight of a token in `metric`'s C, by octaves of its position, fp32; 1 in the mean."""
+        return {name: (1 + share) / 2 for name, share in self._under(EMPHASIS, index).items()}
+
+    def _under(self, prefix: str, index: int) -> dict[str, torch.Tensor]:
+        if not self.has_outputs:
+            return {}
+        with open_tensors(self.file("outputs", index)) as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+    def metric(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """C and F of the two-sided metric; of the one-sided one, where there are no output gradients.
+
+        C is the mean of the plain and of the weighted moments: these know what matters, those have seen more text.
+        """
+        inputs = self.inputs(index)
+        if not self.has_outputs:
+            return inputs, {}
+        weighted = self.weighted(index)
+        return {name: (inputs[name] + moment) / 2 for name, moment in weighted.items()}, self.outputs(index)
 
 
 def identify(model: Any, windows: torch.Tensor, gradient_windows: torch.Tensor, seed: int) -> dict[str, Any]:

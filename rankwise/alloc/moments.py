@@ -13,6 +13,10 @@ from rankwise.distributed import gather, world
 from rankwise.errors import RankwiseError
 
 MAGNITUDES = "magnitudes."  # before a leader's name, in the inputs' files
+WEIGHTED = "weighted."  # before a layer's name, in the outputs' files
+EMPHASIS = "emphasis."  # likewise
+OCTAVES = 32  # of positions in a window: 0, 1 to 2, 3 to 6, ...
+TINY = 1e-30  # under what is divided by
 
 
 class _Sums:
@@ -33,12 +37,12 @@ class _Sums:
     def _attach(self, name: str, module: nn.Module) -> Any:
         raise NotImplementedError
 
-    def _add(self, name: str, rows: torch.Tensor) -> None:
+    def _add(self, sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor) -> None:
         """Add `Σ r rᵀ` over the last dimension of `rows [..., n]`."""
         flat = rows.detach().reshape(-1, rows.shape[-1]).float()
-        if name not in self.sums:
-            self.sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
-        self.sums[name].addmm_(flat.T, flat)
+        if name not in sums:
+            sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
+        sums[name].addmm_(flat.T, flat)
 
     def merge(self, device: torch.device) -> None:
         """Add up what all processes have summed, in the main one; `device` is where their sums are."""
@@ -83,7 +87,7 @@ class InputSums(_Sums):
             _, leader = self._seen.setdefault(key, (x, name))
             self.leaders[name] = leader
             if leader == name:
-                self._add(name, x)
+                self._add(self.sums, name, x)
                 size = x.detach().reshape(-1, x.shape[-1]).float().abs().sum(0)
                 self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
 
@@ -110,18 +114,79 @@ class InputSums(_Sums):
 
 
 class GradientSums(_Sums):
-    """`Σ g gᵀ` per layer, g the gradient at its output."""
+    """What the gradients g at the layers' outputs say of each token's outputs and inputs.
+
+    A token's share of the Fisher matrix is `g gᵀ ⊗ x xᵀ`. With `g = ‖g‖ ĝ` the sum over tokens is taken to be
+    `E[ĝ ĝᵀ] ⊗ E[‖g‖² x xᵀ]`: how much a token matters goes with its input, where it matters does not. The first token
+    of a sequence, which most heads attend to, has nearly all of `E‖g‖²` at the values' projection: in `E[g gᵀ]` it
+    would hide all others, and in `E[x xᵀ]` it would not be seen.
+
+    By octaves of the position `Σ ‖g‖²` is kept, too, for text whose gradients are not known. Positions are rows: of a
+    layer that some tokens do not reach it says nothing.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__(layers)
+        self.weighted: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
 
     def _attach(self, name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             if out.requires_grad:
-                out.register_hook(lambda grad: self._add(name, grad))
+                x = args[0].detach()
+                out.register_hook(lambda grad: self._take(name, x, grad))
 
         return module.register_forward_hook(hook)
 
+    def _take(self, name: str, x: torch.Tensor, grad: torch.Tensor) -> None:
+        g = grad.detach().reshape(-1, grad.shape[-1]).float()
+        x = x.reshape(-1, x.shape[-1]).float()
+        sizes = g.norm(dim=1, keepdim=True)
+        self._add(self.sums, name, g / sizes.clamp_min(TINY))
+        self._add(self.weighted, name, x * sizes)
+        seen = torch.cat([sizes, torch.ones_like(sizes)], 1).square()
+        total = seen.new_zeros(OCTAVES, 2).index_add_(0, octaves(len(g), g.device), seen)
+        self.weights[name] = self.weights[name] + total if name in self.weights else total
+
+    def merge(self, device: torch.device) -> None:
+        """Add up what all processes have summed, in the main one; `device` is where their sums are."""
+        for sums in (self.sums, self.weighted, self.weights):
+            self._merge(sums, device)
+
     def finish(self, tokens: int) -> dict[str, torch.Tensor]:
-        """Layer to mean `[m, m]`. A layer that no gradient reached has a zero matrix."""
+        """Layer to F `[m, m]`, `E‖g‖² E[ĝ ĝᵀ]`; zero for a layer that no gradient reached.
+
+        Under `WEIGHTED` and its name is `E[‖g‖² x xᵀ] / E‖g‖²` `[n, n]`, under `EMPHASIS` and its name an octave's mean
+        of ‖g‖² over that of all tokens `[OCTAVES]`.
+        """
+        found: dict[str, torch.Tensor] = {}
         for name, module in self.layers.items():
-            m = features(module)[0]
-            self.sums.setdefault(name, torch.zeros(m, m))
-        return self._means(tokens, "output gradients")
+            m, n = features(module)
+            seen = self.weights.get(name, torch.zeros(OCTAVES, 2))
+            weight = seen[:, 0].sum()
+            outputs, inputs = self.sums.get(name, torch.zeros(m, m)), self.weighted.get(name, torch.zeros(n, n))
+            if not (torch.isfinite(weight) and torch.isfinite(inputs.diagonal()).all()):
+                raise RankwiseError(name, "NaN or Inf in its output gradients", "try --dtype fp32 or bf16")
+            found[name] = outputs.mul_(weight / tokens / tokens)
+            found[WEIGHTED + name] = inputs.div_(weight.clamp_min(TINY))
+            found[EMPHASIS + name] = _relative(seen)
+        return found
+
+
+def octaves(count: int, device: torch.device) -> torch.Tensor:
+    """`[count]` the octave of each position: that of p is `⌊log2(p + 1)⌋`."""
+    exponents: torch.Tensor = torch.frexp(torch.arange(1.0, count + 1, dtype=torch.float64, device=device)).exponent
+    return exponents.long() - 1
+
+
+def _relative(seen: torch.Tensor) -> torch.Tensor:
+    """An octave's mean over the mean of all, from `[OCTAVES, 2]` sums and counts; ones where nothing was summed.
+
+    Octaves beyond the text are like the last one.
+    """
+    total, count = seen.double().sum(0)
+    if not total:
+        return torch.ones(len(seen))
+    sums, counts = seen[seen[:, 1] > 0].double().unbind(1)
+    means = sums / counts
+    return torch.cat([means, means[-1:].expand(len(seen) - len(means))]).div(total / count).float()

@@ -122,8 +122,7 @@ class _Look:
         device: torch.device,
     ) -> None:
         self.precisions, self.kinds, self.store, self.device = precisions, kinds, store, device
-        self.inputs = curvature.inputs(index)
-        self.outputs = curvature.outputs(index) if curvature.has_outputs else {}
+        self.inputs, self.outputs = curvature.metric(index)
 
     def layer(self, name: str, weight: torch.Tensor, sampled: bool) -> dict[str, Any]:
         """Expected losses by precision and kind, and in the sample pairs (expected, measured)."""

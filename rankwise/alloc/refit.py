@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.layout import Layout, learn_layout
+from rankwise.alloc.moments import octaves
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.solve import Moments, Outcome, Tensors, product, refit_layer
 from rankwise.alloc.store import FactorStore
@@ -95,7 +96,8 @@ def refit(
                 if not into.file(index).exists():
                     outputs = curvature.outputs(index) if curvature.has_outputs else {}
                     specs = {name: plan.layers[name] for name in block}
-                    into.write(index, *_refit_block(run, index, block, specs, factors, outputs))
+                    emphasis = curvature.emphasis(index)
+                    into.write(index, *_refit_block(run, index, block, specs, factors, outputs, emphasis))
                 _forward(run, index, block, into.weights(index))
                 advance()
     finally:
@@ -110,6 +112,7 @@ def _refit_block(
     specs: dict[str, LayerSpec],
     factors: FactorStore,
     outputs: dict[str, torch.Tensor],
+    emphasis: dict[str, torch.Tensor],
 ) -> tuple[dict[str, Tensors], dict[str, Outcome]]:
     """New tensors of one block's layers, and what became of each. Layers that the text misses keep their factors."""
     stream = run.stream
@@ -120,12 +123,12 @@ def _refit_block(
         reached = {name for group in layout.groups for name in group}
         weights = {name: product(old) for name, old in found.items() if old and name not in reached}
         for group in layout.groups:
-            fit, judge = _gather(run, index, block, layout, group[0], weights)
+            sums = _gather(run, index, block, layout, group, weights, emphasis)
             for name in group:
                 dense = weight_of(block[name]).double()
                 with _named(name):
                     found[name], outcomes[name] = refit_layer(
-                        dense, specs[name], found[name], fit, judge, outputs.get(name)
+                        dense, specs[name], found[name], *sums[name], outputs.get(name)
                     )
                 if found[name]:
                     weights[name] = product(found[name])
@@ -149,20 +152,28 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _gather(
-    run: _Pass, index: int, block: dict[str, nn.Module], layout: Layout, leader: str, weights: Tensors
-) -> tuple[Moments, Moments]:
-    """Moments at one group's input, over the windows to fit to and those that judge.
+    run: _Pass,
+    index: int,
+    block: dict[str, nn.Module],
+    layout: Layout,
+    group: list[str],
+    weights: Tensors,
+    emphasis: dict[str, torch.Tensor],
+) -> dict[str, tuple[Moments, Moments]]:
+    """Moments of one group's layers, over the windows to fit to and those that judge.
 
     Args:
         run: hidden states at the block's input.
         index: the block, on the device.
         block: its layers.
         layout: how they hang together.
-        leader: one layer of the group.
+        group: layers that share an input.
         weights: what the compressed model has in the place of the layers before the group.
+        emphasis: what tokens weigh by the octave of their position, per layer; where it is not given they share a sum.
     """
-    stream, writes = run.stream, leader in layout.residual
-    fit, judge = (Moments.zeros(*features(block[leader]), writes=writes, device=stream.device) for _ in range(2))
+    stream, leader = run.stream, group[0]
+    heard = [name for name in group if name in emphasis] or [leader]
+    sums = {name: _zeros(block[name], leader in layout.residual, stream.device) for name in heard}
     for number, (dense, compressed) in enumerate(zip(run.dense, run.compressed, strict=True)):
         wanted = layout.grab(stream, index, leader, dense.to(stream.device))
         with swapped(block, weights):
@@ -171,8 +182,16 @@ def _gather(
             continue
         (x, stream_was), (x_, stream_is) = wanted, given
         lost = None if stream_was is None or stream_is is None else stream_was.float() - stream_is.float()
-        (fit if number < run.fitted else judge).add(x, x_, lost)
-    return fit, judge
+        for name, pair in sums.items():
+            weigh = emphasis[name].to(x.device)[octaves(len(x), x.device)] if name in emphasis else None
+            pair[number >= run.fitted].add(x, x_, lost, weigh)
+    return {name: sums.get(name, sums[heard[0]]) for name in group}
+
+
+def _zeros(module: nn.Module, writes: bool, device: torch.device) -> tuple[Moments, Moments]:
+    """To fit to, and to judge by."""
+    m, n = features(module)
+    return Moments.zeros(m, n, writes=writes, device=device), Moments.zeros(m, n, writes=writes, device=device)
 
 
 def _forward(run: _Pass, index: int, block: dict[str, nn.Module], weights: Tensors) -> None:

@@ -87,9 +87,8 @@ class Rounder:
         """C, F and held-out C of a layer; those of its block stay in memory until another block's are asked for."""
         if self._block[name] != self._at:
             self._at = self._block[name]
-            outputs = self.curvature.outputs(self._at) if self.curvature.has_outputs else {}
-            held_out = self.held_out.inputs(self._at) if self.held_out else {}
-            self._moments = self.curvature.inputs(self._at), outputs, held_out
+            held_out = self.held_out.metric(self._at)[0] if self.held_out else {}
+            self._moments = *self.curvature.metric(self._at), held_out
         inputs, outputs, held_out = self._moments
         return inputs[name], outputs.get(name), held_out.get(name)
 

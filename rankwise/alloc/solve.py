@@ -3,10 +3,10 @@
     minimise  E ‖F^½ (t - Ŵ x')‖²,   t = W x + e,
 
 over matrices Ŵ of the plan's rank, from moments alone: x is the layer's input in the dense model, x' in the
-compressed one, e what the residual stream has lost so far. Without the rank the optimum is `W + a D C'⁻¹` at a = 1,
-with `C' = E[x' x'ᵀ]` and `D = E[t x'ᵀ] - W C'`. That estimate is noisy where text is short, so a is the share for
-which the loss on held-out windows is least; the result is truncated to the rank in the metric of F and C'. The old
-factors stay wherever the held-out loss did not fall.
+compressed one, e what the residual stream has lost so far. Tokens may be weighted (`Curvature.emphasis`). Without the
+rank the optimum is `W + a D C'⁻¹` at a = 1, with `C' = E[x' x'ᵀ]` and `D = E[t x'ᵀ] - W C'`. That estimate is noisy
+where text is short, so a is the share for which the loss on held-out windows is least; the result is truncated to the
+rank in the metric of F and C'. The old factors stay wherever the held-out loss did not fall.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ class Moments:
         compressed: `Σ x' x'ᵀ` `[n, n]`.
         cross: `Σ x x'ᵀ` `[n, n]`.
         lost: `Σ e x'ᵀ` `[m, n]`; None for layers that do not write to the residual stream.
-        tokens: how many were added.
+        tokens: how many were added, or the sum of their weights.
     """
 
     compressed: torch.Tensor
     cross: torch.Tensor
     lost: torch.Tensor | None
-    tokens: int = 0
+    tokens: float = 0
 
     @classmethod
     def zeros(cls, out_features: int, in_features: int, *, writes: bool, device: torch.device) -> "Moments":
@@ -47,14 +47,21 @@ class Moments:
         lost = torch.zeros(out_features, in_features, device=device) if writes else None
         return cls(square, square.clone(), lost)
 
-    def add(self, dense: torch.Tensor, compressed: torch.Tensor, lost: torch.Tensor | None) -> None:
-        """One window's inputs `[T, n]` of both models, and what the residual stream has lost `[T, m]`."""
+    def add(
+        self,
+        dense: torch.Tensor,
+        compressed: torch.Tensor,
+        lost: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """One window's inputs `[T, n]` of both models, what the residual stream has lost `[T, m]`, weights `[T]`."""
         dense, compressed = dense.float(), compressed.float()
-        self.compressed.addmm_(compressed.T, compressed)
-        self.cross.addmm_(dense.T, compressed)
+        counted = compressed if weights is None else compressed * weights[:, None]
+        self.compressed.addmm_(compressed.T, counted)
+        self.cross.addmm_(dense.T, counted)
         if lost is not None and self.lost is not None:
-            self.lost.addmm_(lost.float().T, compressed)
-        self.tokens += len(dense)
+            self.lost.addmm_(lost.float().T, counted)
+        self.tokens += len(dense) if weights is None else float(weights.sum())
 
     def inputs(self) -> torch.Tensor:
         """C' `[n, n]` fp64."""

@@ -104,8 +104,7 @@ def _metric(curvature: Curvature, index: int, sides: str) -> Metric:
     if sides == "diagonal":
         sizes = curvature.magnitudes(index)
         return lambda weights: {name: factorize_diagonal(weight, sizes[name]) for name, weight in weights.items()}
-    inputs = curvature.inputs(index)
-    outputs = curvature.outputs(index) if sides == "two" else {}
+    inputs, outputs = curvature.metric(index) if sides == "two" else (curvature.inputs(index), {})
 
     def together(weights: dict[str, torch.Tensor]) -> dict[str, Factors]:
         moments = [inputs[name] for name in weights], [outputs.get(name) for name in weights]

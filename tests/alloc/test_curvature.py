@@ -14,6 +14,7 @@ from torch import nn
 
 from rankwise.alloc import sweeps
 from rankwise.alloc.curvature import Curvature, collect
+from rankwise.alloc.moments import OCTAVES
 from rankwise.anatomy import block_linears
 from rankwise.errors import RankwiseError
 from rankwise.jobs import locked
@@ -40,12 +41,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def moments(curvature: Curvature, side: str) -> dict[str, torch.Tensor]:
-    read = curvature.inputs if side == "inputs" else curvature.outputs
+    read = getattr(curvature, side)
     return {name: matrix for index in range(curvature.blocks) for name, matrix in read(index).items()}
 
 
 def reference(model: Any, windows: torch.Tensor, gradients: torch.Tensor, seed: int) -> tuple[dict[str, Any], ...]:
-    """Both moments of every linear layer by hooks on the whole model, summed in fp64."""
+    """`inputs`, `outputs`, `weighted`, `emphasis` of every linear layer by hooks on the whole model, summed in fp64."""
     model = copy.deepcopy(model).requires_grad_(True)
     layers = {name: layer for block in block_linears(model) for name, layer in block.items()}
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -59,7 +60,8 @@ def reference(model: Any, windows: torch.Tensor, gradients: torch.Tensor, seed: 
 
     for name, layer in layers.items():
         layer.register_forward_hook(keep(name))
-    inputs, outputs = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+    inputs, outputs, weighted = (dict.fromkeys(layers, 0.0) for _ in range(3))
+    sizes = {name: torch.zeros(windows.shape[1], dtype=torch.float64) for name in layers}  # by position
     for window in windows:
         model(input_ids=window[None], use_cache=False)
         for name, (x, _) in seen.items():
@@ -70,11 +72,20 @@ def reference(model: Any, windows: torch.Tensor, gradients: torch.Tensor, seed: 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         (-logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()).backward()
-        for name, (_, y) in seen.items():
+        for name, (x, y) in seen.items():
             assert y.grad is not None
-            rows = y.grad.double().reshape(-1, y.shape[-1])
-            outputs[name] = outputs[name] + rows.T @ rows / gradients.numel()
-    return inputs, outputs
+            rows = zip(x.detach().double().flatten(0, -2), y.grad.double().flatten(0, -2), strict=True)
+            for position, (row, g) in enumerate(rows):
+                size = float(g @ g)
+                sizes[name][position] += size / gradients.numel()
+                outputs[name] = outputs[name] + torch.outer(g, g) / (size * gradients.numel())
+                weighted[name] = weighted[name] + size * torch.outer(row, row) / gradients.numel()
+    emphasis = {}
+    for name, size in sizes.items():
+        outputs[name], weighted[name] = outputs[name] * size.sum(), weighted[name] / size.sum()
+        starts = [part.mean() / size.mean() for part in (size[:1], size[1:3], size[3:7], size[7:15], size[15:])]
+        emphasis[name] = 0.5 + torch.stack(starts + starts[-1:] * (OCTAVES - len(starts))) / 2
+    return inputs, outputs, weighted, emphasis
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -92,7 +103,8 @@ def test_moments_equal_those_of_the_whole_model(
     model = tiny(family)
     curvature = measure(model, tmp_path, seed=seed)
     names = [name for block in block_linears(model) for name in block]
-    for side, expected in zip(("inputs", "outputs"), reference(model, WINDOWS, GRADIENT_WINDOWS, seed), strict=True):
+    found_by = reference(model, WINDOWS, GRADIENT_WINDOWS, seed)
+    for side, expected in zip(("inputs", "outputs", "weighted", "emphasis"), found_by, strict=True):
         found = moments(curvature, side)
         assert sorted(found) == sorted(names)
         for name in names:
@@ -130,7 +142,7 @@ def test_magnitudes_equal_those_of_the_whole_model(family: str, tiny: Callable[.
 def test_bf16_models_are_summed_in_fp32(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny("llama", torch.bfloat16)
     curvature = measure(model, tmp_path)
-    expected, _ = reference(model, WINDOWS, GRADIENT_WINDOWS, 0)
+    expected = reference(model, WINDOWS, GRADIENT_WINDOWS, 0)[0]
     for name, matrix in moments(curvature, "inputs").items():
         assert matrix.dtype == torch.float32
         assert relative_error(matrix, expected[name]) < 1e-4, name
@@ -176,6 +188,7 @@ def test_a_layer_never_called_has_zero_moments(tiny: Callable[..., Any], tmp_pat
     assert torch.equal(curvature.inputs(1)[name], torch.zeros(32, 32))
     assert torch.equal(curvature.magnitudes(1)[name], torch.zeros(32))
     assert torch.equal(curvature.outputs(1)[name], torch.zeros(48, 48))
+    assert torch.equal(curvature.weighted(1)[name], torch.zeros(32, 32))
 
 
 def test_only_moments_stay_in_the_folder(tiny: Callable[..., Any], tmp_path: Path) -> None:
@@ -491,5 +504,5 @@ def test_identity_is_written_for_people_to_read(tiny: Callable[..., Any], tmp_pa
     curvature = measure(tiny("llama"), tmp_path, seed=5)
     identity = json.loads((tmp_path / "curvature.json").read_text())
     assert identity == curvature.identity
-    expected = {"format": 2, "blocks": 2, "samples": 3, "gradient_samples": 2, "seq_len": 24, "seed": 5}
+    expected = {"format": 3, "blocks": 2, "samples": 3, "gradient_samples": 2, "seq_len": 24, "seed": 5}
     assert {key: identity[key] for key in expected} == expected

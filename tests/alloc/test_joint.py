@@ -135,7 +135,7 @@ def test_predictions_come_near_to_what_rounding_costs(source: Source, tmp_path: 
     compress(model, plan, source.store, rounding=Rounder(source.curvature, blocks, tmp_path, dense.__getitem__))
     real = 0.0
     for index, block in enumerate(blocks):
-        c, f = source.curvature.inputs(index), source.curvature.outputs(index)
+        c, f = source.curvature.metric(index)
         for name in block:
             layer, n = model.get_submodule(name), plan.layers[name].in_features
             off = layer(torch.eye(n)).T.double() - dense[name]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.alloc.moments import GradientSums, InputSums
+from rankwise.alloc.moments import OCTAVES, GradientSums, InputSums, octaves
 from rankwise.errors import RankwiseError
 
 
@@ -189,8 +189,12 @@ def test_gradient_moments_equal_gradients_by_hand() -> None:
             (second(torch.tanh(hidden)) * w).sum().backward()
             expected.append((1 - torch.tanh(hidden.detach()) ** 2) * (w @ second.weight.T))
     moments = sums.finish(15)
-    assert close(moments["second"], outer(weights) / 15)
-    assert close(moments["first"], outer(torch.stack(expected)) / 15)
+    inputs = {"first": xs, "second": torch.tanh(first(xs)).detach()}
+    for name, g in {"first": torch.stack(expected), "second": weights}.items():
+        sizes = g.norm(dim=-1, keepdim=True)
+        total = float(sizes.square().sum())
+        assert close(moments[name], total / 15 * outer(g / sizes) / 15)
+        assert close(moments[f"weighted.{name}"], outer(inputs[name] * sizes) / total)
 
 
 def test_gradients_are_those_of_the_layer_before_what_happens_to_its_output_in_place() -> None:
@@ -202,7 +206,25 @@ def test_gradients_are_those_of_the_layer_before_what_happens_to_its_output_in_p
         y = layer(torch.randn(5, 4).requires_grad_())
         y.mul_(3)
         (y * weights).sum().backward()
-    assert close(sums.finish(5)["a"], 9 * outer(weights) / 5)
+    sizes = 3 * weights.norm(dim=1, keepdim=True)
+    assert close(sums.finish(5)["a"], sizes.square().sum() / 5 * outer(3 * weights / sizes) / 5)
+
+
+def test_octaves_of_positions() -> None:
+    assert octaves(16, torch.device("cpu")).tolist() == [0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4]
+
+
+def test_emphasis_is_what_an_octave_has_over_the_mean() -> None:
+    layer = linear("linear", 3, 3)
+    sums = GradientSums({"a": layer, "idle": linear("linear", 3, 3)})
+    sizes = torch.tensor([[6.0, 1, 3, 2, 2, 2], [4.0, 1, 1, 2, 0, 2]])  # six tokens: three octaves
+    with sums.listening():
+        for window in sizes:
+            (layer(torch.ones(1, 6, 3).requires_grad_()) * window.sqrt()[:, None]).sum().backward()
+    found = sums.finish(12)
+    by_hand = torch.tensor([5.0, 1.5, 10 / 6] + [10 / 6] * (OCTAVES - 3)) / (26 / 12)
+    assert torch.allclose(found["emphasis.a"], by_hand)
+    assert torch.equal(found["emphasis.idle"], torch.ones(OCTAVES))
 
 
 def test_a_layer_used_twice_counts_twice() -> None:
@@ -212,7 +234,9 @@ def test_a_layer_used_twice_counts_twice() -> None:
     with inputs.listening(), gradients.listening():
         (layer(x) + 2 * layer(y.requires_grad_())).sum().backward()
     assert close(inputs.finish(4)[0]["a"], (outer(x) + outer(y)) / 4)
-    assert close(gradients.finish(4)["a"], (1 + 4) * outer(torch.ones(4, 3)) / 4)
+    found = gradients.finish(4)  # eight gradients of one direction, four of size 3 and four of size 12 (squared)
+    assert close(found["a"], (4 * 3 + 4 * 12) / 4 * 8 * torch.ones(3, 3) / 3 / 4)
+    assert close(found["weighted.a"], (3 * outer(x) + 12 * outer(y)) / 60)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -226,7 +250,9 @@ def test_layers_never_called_have_zero_moments(kind: str) -> None:
     assert torch.equal(moments["idle"], torch.zeros(5, 5))
     assert torch.equal(inputs.magnitudes(2)["idle"], torch.zeros(5))
     assert torch.equal(inputs.magnitudes(2)["used"], torch.ones(3))
-    assert torch.equal(gradients.finish(2)["idle"], torch.zeros(4, 4))
+    found = gradients.finish(2)
+    assert torch.equal(found["idle"], torch.zeros(4, 4))
+    assert torch.equal(found["weighted.idle"], torch.zeros(5, 5))
     assert moments["used"].any()
 
 

@@ -74,7 +74,7 @@ def test_every_layer_is_rounded_in_its_own_metric(source: Any, rounder: Callable
     small = compress(deepcopy(model), plan, store, rounding=watch)
     kinds = set()
     for index, block in enumerate(block_linears(model)):
-        c, f = curvature.inputs(index), curvature.outputs(index)
+        c, f = curvature.metric(index)
         for name, linear in block.items():
             spec, given, w = plan.layers[name], parts[name], weight_of(linear)
             kinds.add((spec.kind, spec.weights, spec.asymmetric))
@@ -117,7 +117,7 @@ def test_other_numbers_are_another_layer(source: Any, rounder: Callable[..., Rou
 def test_held_out_inputs_reach_the_guards(source: Any, rounder: Callable[..., Rounder], tmp_path: Path) -> None:
     model, curvature, store, plan = source
     windows = torch.randint(2, 512, (2, 48), generator=torch.Generator().manual_seed(9))
-    held_out = collect(model, windows, None, tmp_path / "held_out", device=CPU)
+    held_out = collect(model, windows, windows, tmp_path / "held_out", device=CPU)
     name = next(name for name, spec in plan if spec.kind == "lowrank")
     index = next(at for at, block in enumerate(block_linears(model)) if name in block)
     spec, w = plan.layers[name], weight_of(model.get_submodule(name))
@@ -125,8 +125,8 @@ def test_held_out_inputs_reach_the_guards(source: Any, rounder: Callable[..., Ro
     rounder(dense=weight(model))(name, {"lowrank_u": u, "lowrank_v": v}, spec)
     stored = rounder(dense=weight(model), held_out=held_out)(name, {"lowrank_u": u, "lowrank_v": v}, spec)
     assert len(list((tmp_path / "rounded").iterdir())) == 2  # other text is another layer
-    metric = grid_of(spec.precision), curvature.inputs(index)[name], curvature.outputs(index)[name]
-    found = round_lowrank(w, u, v, *metric, held_out.inputs(index)[name])
+    metric = grid_of(spec.precision), *(moments[name] for moments in curvature.metric(index))
+    found = round_lowrank(w, u, v, *metric, held_out.metric(index)[0][name])
     for part in ("u", "v"):
         assert torch.equal(stood_for(stored, f"lowrank_{part}"), decoded(found.tensors[part]))
 

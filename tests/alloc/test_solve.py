@@ -96,6 +96,19 @@ def test_moments_are_those_of_the_tokens(m: int, n: int, with_f: bool, writes: b
     assert torch.allclose(sums.targets(toy.weight), target.T @ bent / 60, atol=1e-4)
 
 
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_weight_counts_a_token_so_often(writes: bool) -> None:
+    toy = Toy(7, 5)
+    x, bent, lost = (tensor[:3] for tensor in toy.fit)
+    weighted, repeated = (Moments.zeros(7, 5, writes=writes, device=CPU) for _ in range(2))
+    weighted.add(x, bent, lost, torch.tensor([1.0, 3.0, 0.0]))
+    for row in (0, 1, 1, 1):
+        repeated.add(x[row : row + 1], bent[row : row + 1], lost[row : row + 1])
+    assert weighted.tokens == repeated.tokens == 4
+    assert torch.allclose(weighted.inputs(), repeated.inputs(), atol=1e-6)
+    assert torch.allclose(weighted.targets(toy.weight), repeated.targets(toy.weight), atol=1e-5)
+
+
 @SHAPES
 @WITH_F
 @pytest.mark.parametrize("writes", [True, False])

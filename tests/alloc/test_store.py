@@ -47,7 +47,7 @@ def test_every_layer_is_factored_in_its_own_metric(
             weight = weight_of(layer)
             expected = {
                 "one": factorize(weight, inputs[name]),
-                "two": factorize(weight, inputs[name], outputs[name]),
+                "two": factorize(weight, curvature.metric(index)[0][name], outputs[name]),
                 "diagonal": factorize_diagonal(weight, sizes[name]),
             }[sides]
             u, v = store.load(name, min(features(layer)))
