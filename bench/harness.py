@@ -72,6 +72,15 @@ class Case:
     seed: int = 0
     tests: tuple[str, ...] = ("wikitext2", "c4")
 
+    def judges(self, train: torch.Tensor) -> torch.Tensor:
+        """The windows of the calibration's text that nothing is fitted to."""
+        return train[max(self.samples, self.gradient_samples) :][:JUDGES]
+
+    @property
+    def learns_from(self) -> int:
+        """The first window of the calibration's text that methods may learn from."""
+        return max(self.samples + self.gradient_samples, max(self.samples, self.gradient_samples) + JUDGES)
+
     @property
     def key(self) -> str:
         """Short and safe as a folder's name."""
@@ -142,7 +151,7 @@ def put(case: Case, calibration: Calibration, tokenizer: Any, options: argparse.
     found["shares"] = [round(spec.ratio, 4) for _, spec in plan]
     found["predicted_loss"] = sum(losses) if losses else None
     train = train_windows(case.calibration, options, tokenizer)
-    fit, judges = torch.cat([train[: case.samples], calibration.windows]), train[case.samples :][:JUDGES]
+    fit, judges = torch.cat([train[: case.samples], calibration.windows]), case.judges(train)
     target: FactorStore | Refitted = store
     if case.refit:
         target = refitted(calibration, plan, fit, judges, options.work)
@@ -190,7 +199,7 @@ def calibrate(case: Case, model: Any, tokenizer: Any, options: argparse.Namespac
     parts = []
     for domain in case.learn:
         found = train_windows(domain, options, tokenizer)
-        parts.append(found[case.samples + case.gradient_samples :] if domain == case.calibration else found)
+        parts.append(found[case.learns_from :] if domain == case.calibration else found)
     count = min(options.learn_samples // len(parts), *(len(part) for part in parts))
     learn = torch.stack([part[:count] for part in parts], dim=1).flatten(0, 1)  # the domains in turn
     shared = f"{case.method}-{sides}-{case.calibration}-{case.samples}-{case.gradient_samples}"

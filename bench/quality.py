@@ -2,7 +2,7 @@
 
     python bench/quality.py --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt
 
-Calibrates on the first windows of the train text (the next ones for output gradients), tests on the first
+Calibrates on the first windows of the train text (the first of them for output gradients, too), tests on the first
 windows of the test text, and writes one JSON line a row to bench/results/cpu/quality.jsonl. With `--work DIR`
 curvature and factors are kept, and an interrupted run continues from them.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rankwise.alloc.curvature import collect
+from rankwise.alloc.curvature import FORMAT, collect
 from rankwise.alloc.methods import Global, Method, Uniform
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.evaluate import perplexity
@@ -97,7 +97,13 @@ def identity(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     commit = subprocess.run(command, capture_output=True, text=True, check=False)
     keys = ("model", "samples", "gradient_samples", "seq_len", "windows")
     texts = {"train": Path(options.train).name, "test": Path(options.test).name}
-    facts = {"bench": "quality", "commit": commit.stdout.strip() or "unknown", "device": "cpu", "dtype": dtype}
+    facts = {
+        "bench": "quality",
+        "curvature": FORMAT,
+        "commit": commit.stdout.strip() or "unknown",
+        "device": "cpu",
+        "dtype": dtype,
+    }
     return {**facts, "versions": versions(), **texts, **{key: getattr(options, key) for key in keys}}
 
 

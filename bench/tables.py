@@ -39,7 +39,7 @@ def quality() -> str:
     body = [[name, *(found.get((name, ratio), "–") for ratio in ratios)] for name in names]
     table = markdown(["factors and allocation", *(f"{ratio:.0%} kept" for ratio in ratios)], body)
     worst = max(abs(row["measured_ratio"] / row["ratio"] - 1) for row in rows if row is not dense)
-    texts = f"calibration {dense['samples']} + {dense['gradient_samples']} windows of `{dense['train']}`"
+    texts = f"calibration {calibration(dense)}"
     test = f"test the first {dense['windows']} windows of `{dense['test']}`, {dense['seq_len']} tokens each"
     run = f"Commit {dense['commit']}, {dense['device']}, {versions(dense)}"
     return (
@@ -91,8 +91,7 @@ def methods() -> str:
     missed, worst = max((abs(row["measured_ratio"] / row["ratio"] - 1), row["name"]) for row in others)
     return (
         f"{markdown(heads, body)}\nPerplexity (lower is better), dense: {before}. `{dense['model']}` in "
-        f"{dense['dtype']}, curvature from {dense['samples']} + {dense['gradient_samples']} windows of "
-        f"`{dense['train']}`, tests on "
+        f"{dense['dtype']}, curvature from {calibration(dense)}, tests on "
         f"{dense['windows']} windows, {dense['seq_len']} tokens each; masks trained {dense['steps']} steps of "
         f"{dense['train_len']} tokens, WikiText-2 and C4 in turn. Ratios met within {missed:.2%} "
         f"({worst}). Seconds without curvature and factors, which all share. "
@@ -172,10 +171,15 @@ def tradeoff() -> str:
     table = markdown(["model", "layers", "bytes of bf16", "bits a weight", "wikitext2", "c4"], parts)
     return (
         f"{table}\nPerplexity (lower is better) on {first['windows']} windows of {first['seq_len']} tokens; bytes of "
-        f"the linear layers. `{first['model']}`, curvature from {first['samples']} + {first['gradient_samples']} "
-        f"windows of `{first['train']}`. Chosen together: any kind, rank and precision; ranks, then int4: the ranks "
+        f"the linear layers. `{first['model']}`, curvature from {calibration(first)}. "
+        f"Chosen together: any kind, rank and precision; ranks, then int4: the ranks "
         f"of `global` for bf16, all numbers rounded alike afterwards. {first['device']}, {versions(first)}.\n"
     )
+
+
+def calibration(row: dict[str, Any]) -> str:
+    """Which windows of which text."""
+    return f"{row['samples']} windows of `{row['train']}`, output gradients on the first {row['gradient_samples']}"
 
 
 def versions(row: dict[str, Any]) -> str:

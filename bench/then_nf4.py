@@ -27,7 +27,6 @@ from rankwise.kernels.nf4 import BLOCK, dequantize_nf4, quantize_nf4
 from rankwise.pipeline import compress, tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
-from rankwise.windows import JUDGES
 from rankwise.zoo import load_model, quiet_transformers
 
 RATIO = 0.8
@@ -56,7 +55,7 @@ def build(case: Case, options: argparse.Namespace) -> tuple[Any, Any, RankPlan]:
     calibration, _ = calibrate(case, model, tokenizer, options)
     plan = RankPlan.load(options.work / "plans" / f"{case.key}.json")
     train = train_windows(case.calibration, options, tokenizer)
-    fit, judges = torch.cat([train[: case.samples], calibration.windows]), train[case.samples :][:JUDGES]
+    fit, judges = torch.cat([train[: case.samples], calibration.windows]), case.judges(train)
     factors = refitted(calibration, plan, fit, judges, options.work) if case.refit else calibration.factors
     compress(model, plan, factors, track=on_terminal)
     return model, tokenizer, plan

@@ -185,7 +185,7 @@ def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
     """Curvature, factors and the table of rounding losses, made or found."""
     train = train_windows("wikitext2", options, tokenizer)
     inputs, gradients = train[: options.samples], train[: options.gradient_samples]
-    judges = train[options.samples :][:JUDGES]
+    judges = train[max(options.samples, options.gradient_samples) :][:JUDGES]
     work = options.work / ("plain" if options.plain else "rotated")
     curvature = collect(model, inputs, gradients, work / "curvature", device=CPU, track=on_terminal)
     store = factorize_model(model, curvature, work / "factors", sides="two", device=CPU, track=on_terminal)

@@ -184,13 +184,14 @@ def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> RankPla
 
 def _rounding(work: Work, curvature: Curvature, *, fitted: bool) -> Rounding:
     """By what the curvature says; the model is still dense."""
-    held_out = measure_held_out(work)
+    held_out = measure_held_out(work, curvature)
     return make_rounding(work.config, work.model, curvature, work.folder / "rounded", fitted=fitted, held_out=held_out)
 
 
 def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> Refitted:
     learn, judges = work.windows["learn"], work.windows["judges"]
-    identity = {"layers": plan.to_dict()["layers"], "curvature": curvature.identity, "text": hash_windows(learn)}
+    text = {"text": hash_windows(learn), "judges": hash_windows(judges)}
+    identity = {"layers": plan.to_dict()["layers"], "curvature": curvature.identity, **text}
     into = Refitted(work.folder / "refit", store, identity)
     device = resolve_device(work.config.device)
     found = refit(work.model, plan, store, curvature, learn, judges, into, device=device, track=work.track).outcomes()

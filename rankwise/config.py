@@ -106,8 +106,8 @@ class CompressConfig:
         budget: bytes instead of a ratio: then precisions are chosen layer by layer, together with kinds and ranks.
         rounding: to 4 or 8 bits: `feedback` makes up for errors in the metric of the curvature, `nearest` does not;
             None is `feedback` unless the plan is made from scores, which hold no curvature.
-        candidates: with a `budget`: plans of nearly the least predicted loss that are carried out, and judged on the
-            windows of the output gradients; 1 trusts the prediction.
+        candidates: with a `budget`: plans of nearly the least predicted loss that are carried out, and judged on
+            windows that nothing was fitted to; 1 trusts the prediction.
         embeddings: what the embedding table and the head are stored in: `int8`, or None: as they are.
     """
 

@@ -41,7 +41,7 @@ def allocate(
         model: causal language model in host memory, eval mode.
         text: `[N, T]` token ids that calibrate the input moments, see `rankwise.text.token_windows`.
         method: `Global(ratio=0.8)` or `Uniform(...)`.
-        gradient_text: `[M, T]` token ids for the output-gradient moments; the last quarter of `text` by default.
+        gradient_text: `[M, T]` token ids for the output-gradient moments; the first quarter of `text` by default.
         work: folder for curvature and factors, reusable and resumable; a temporary one by default.
         device: where blocks compute.
         seed: fixes the sampled labels.
@@ -53,10 +53,7 @@ def allocate(
     if not method.two_sided:
         gradient_text = None
     elif gradient_text is None:
-        split = len(text) - max(1, len(text) // 4)
-        if split < 1:
-            raise RankwiseError("text", f"{len(text)} windows", "two-sided factors need at least 2")
-        text, gradient_text = text[:split], text[split:]
+        gradient_text = text[: max(1, len(text) // 4)]
     temporary = tempfile.TemporaryDirectory(prefix="rankwise-") if work is None else None
     folder = Path(temporary.name if temporary else str(work))
     places = folder / f"curvature-{method.sides}", folder / f"factors-{method.sides}"

@@ -127,7 +127,7 @@ def make_rounding(
         curvature: of the dense model.
         folder: of finished layers.
         fitted: factors were refitted or healed: they are to be repeated, not the dense weight.
-        held_out: inputs of other text, which judge; None: the guards go by `curvature`.
+        held_out: of other text, which judges; None: the guards go by `curvature`.
     """
     blocks = [list(block) for block in block_linears(model)]
     dense = None if fitted else lambda name: weight_of(model.get_submodule(name))

@@ -50,13 +50,13 @@ def measure_curvature(work: Work) -> Curvature:
     )
 
 
-def measure_held_out(work: Work) -> Curvature | None:
-    """The same of the windows that judge, by the dense model; None if there are none."""
+def measure_held_out(work: Work, curvature: Curvature) -> Curvature | None:
+    """The same as `curvature`, of the windows that judge; None if there are none."""
     config, judges = work.config, work.windows["judges"]
     if not len(judges):
         return None
     folder, device = work.folder / "held_out", resolve_device(config.device)
-    gradients = judges if config.method.two_sided else None
+    gradients = judges if curvature.has_outputs else None
     return collect(work.model, judges, gradients, folder, device=device, seed=config.text.seed, track=work.track)
 
 

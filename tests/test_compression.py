@@ -20,6 +20,7 @@ from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import folder_bytes, verify
 from rankwise.errors import RankwiseError
+from rankwise.storage import Precision
 from rankwise.text import read_text, token_windows
 from rankwise.zoo import load_model
 
@@ -227,10 +228,27 @@ def test_a_one_sided_method_is_refitted_in_the_metric_of_the_loss(
     assert plain.provenance["curvature"]["gradient_samples"] == 0
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_text_that_judges_a_rounding_is_measured_as_the_other_was(
+    refit: bool, model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With output gradients where there are any, though the method be one-sided."""
+    rounders, make = [], compression.make_rounding
+    monkeypatch.setattr(compression, "make_rounding", lambda *a, **k: rounders.append(make(*a, **k)) or rounders[-1])
+    options = quick(
+        model_folder("llama"), tmp_path / "out", text_file, rankwise.SvdLlm(0.9, rank_multiple=1), refit=refit
+    )
+    compress_to_folder(replace(options, precision=Precision("int8")))
+    assert rounders
+    for rounder in rounders:
+        assert rounder.curvature.identity["gradient_samples"] == 2 * refit
+        assert rounder.held_out.identity["gradient_samples"] == 2 * refit
+
+
 def test_windows_to_learn_from_are_those_that_calibrate(
     model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
-    """Six windows of the text: four for the inputs and to fit to, two for the gradients and to judge."""
+    """Six windows of the text: four for the inputs and to fit to, two to judge."""
     model = model_folder("llama")
     compress_to_folder(quick(model, tmp_path / "out", text_file, rankwise.Rankwise(0.6, rank_multiple=1), heal=2))
     _, tokenizer = load_model(str(model))

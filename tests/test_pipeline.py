@@ -68,6 +68,15 @@ def test_gradients_are_measured_where_the_method_asks(tiny: Callable[..., Any], 
         assert plan.provenance["curvature"]["samples"] == 4
 
 
+def test_gradients_are_those_of_the_first_quarter(tiny: Callable[..., Any], windows: torch.Tensor) -> None:
+    method = rankwise.Global(0.6, rank_multiple=1)
+    for count, gradients in ((1, 1), (4, 1), (6, 1)):
+        said = rankwise.allocate(tiny("llama"), windows[:count], method).provenance["curvature"]
+        asked = rankwise.allocate(tiny("llama"), windows[:count], method, gradient_text=windows[:gradients])
+        assert said == asked.provenance["curvature"]
+        assert (said["samples"], said["gradient_samples"]) == (count, gradients)
+
+
 def test_methods_that_learn_learn_from_the_text(tiny: Callable[..., Any], windows: torch.Tensor) -> None:
     """And leave the model as it was, in memory alone."""
     model = tiny("llama")

@@ -110,11 +110,14 @@ class Curvature:
 
         C is the mean of the plain and of the weighted moments: these know what matters, those have seen more text.
         """
+        return self.metric_inputs(index), self.outputs(index) if self.has_outputs else {}
+
+    def metric_inputs(self, index: int) -> dict[str, torch.Tensor]:
+        """C of `metric` alone."""
         inputs = self.inputs(index)
         if not self.has_outputs:
-            return inputs, {}
-        weighted = self.weighted(index)
-        return {name: (inputs[name] + moment) / 2 for name, moment in weighted.items()}, self.outputs(index)
+            return inputs
+        return {name: moment.add_(inputs[name]).div_(2) for name, moment in self.weighted(index).items()}
 
 
 def identify(model: Any, windows: torch.Tensor, gradient_windows: torch.Tensor, seed: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from rankwise.alloc.exchange import sum_to_main
 from rankwise.anatomy import features
@@ -17,6 +18,7 @@ WEIGHTED = "weighted."  # before a layer's name, in the outputs' files
 EMPHASIS = "emphasis."  # likewise
 OCTAVES = 32  # of positions in a window: 0, 1 to 2, 3 to 6, ...
 TINY = 1e-30  # under what is divided by
+NOISE = 1e-5  # of a window's largest gradient: what is less has no direction
 
 
 class _Sums:
@@ -133,7 +135,7 @@ class GradientSums(_Sums):
     def _attach(self, name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             if out.requires_grad:
-                x = args[0].detach()
+                x = args[0].detach().clone()  # it may be written to before the gradient comes
                 out.register_hook(lambda grad: self._take(name, x, grad))
 
         return module.register_forward_hook(hook)
@@ -142,10 +144,11 @@ class GradientSums(_Sums):
         g = grad.detach().reshape(-1, grad.shape[-1]).float()
         x = x.reshape(-1, x.shape[-1]).float()
         sizes = g.norm(dim=1, keepdim=True)
-        self._add(self.sums, name, g / sizes.clamp_min(TINY))
+        heard = sizes > NOISE * sizes.amax()
+        self._add(self.sums, name, torch.where(heard, g / sizes.clamp_min(TINY), 0))
         self._add(self.weighted, name, x * sizes)
         seen = torch.cat([sizes, torch.ones_like(sizes)], 1).square()
-        total = seen.new_zeros(OCTAVES, 2).index_add_(0, octaves(len(g), g.device), seen)
+        total = one_hot(octaves(len(g), g.device), OCTAVES).to(seen).T @ seen  # the same bits every time
         self.weights[name] = self.weights[name] + total if name in self.weights else total
 
     def merge(self, device: torch.device) -> None:
@@ -157,18 +160,19 @@ class GradientSums(_Sums):
         """Layer to F `[m, m]`, `E‖g‖² E[ĝ ĝᵀ]`; zero for a layer that no gradient reached.
 
         Under `WEIGHTED` and its name is `E[‖g‖² x xᵀ] / E‖g‖²` `[n, n]`, under `EMPHASIS` and its name an octave's mean
-        of ‖g‖² over that of all tokens `[OCTAVES]`.
+        of ‖g‖² over that of all tokens `[OCTAVES]`. Means are over the tokens that reach the layer; `WEIGHTED` is times
+        their share of all, as the mean of `x xᵀ` is.
         """
         found: dict[str, torch.Tensor] = {}
         for name, module in self.layers.items():
             m, n = features(module)
             seen = self.weights.get(name, torch.zeros(OCTAVES, 2))
-            weight = seen[:, 0].sum()
+            weight, count = seen.double().sum(0)
             outputs, inputs = self.sums.get(name, torch.zeros(m, m)), self.weighted.get(name, torch.zeros(n, n))
-            if not (torch.isfinite(weight) and torch.isfinite(inputs.diagonal()).all()):
+            if not all(torch.isfinite(part).all() for part in (weight, inputs.diagonal(), outputs.diagonal())):
                 raise RankwiseError(name, "NaN or Inf in its output gradients", "try --dtype fp32 or bf16")
-            found[name] = outputs.mul_(weight / tokens / tokens)
-            found[WEIGHTED + name] = inputs.div_(weight.clamp_min(TINY))
+            found[name] = outputs.mul_(float(weight / count.clamp_min(1) ** 2))
+            found[WEIGHTED + name] = inputs.mul_(float(count / tokens / weight.clamp_min(TINY)))
             found[EMPHASIS + name] = _relative(seen)
         return found
 

@@ -169,10 +169,12 @@ def _gather(
         layout: how they hang together.
         group: layers that share an input.
         weights: what the compressed model has in the place of the layers before the group.
-        emphasis: what tokens weigh by the octave of their position, per layer; where it is not given they share a sum.
+        emphasis: layer to what tokens weigh by the octave of their position; without any, the group shares its sums.
     """
     stream, leader = run.stream, group[0]
-    heard = [name for name in group if name in emphasis] or [leader]
+    places = octaves(run.windows.shape[1], stream.device)
+    weighing = {name: emphasis[name].to(stream.device)[places] for name in group if emphasis}
+    heard = list(weighing) or [leader]
     sums = {name: _zeros(block[name], leader in layout.residual, stream.device) for name in heard}
     for number, (dense, compressed) in enumerate(zip(run.dense, run.compressed, strict=True)):
         wanted = layout.grab(stream, index, leader, dense.to(stream.device))
@@ -183,9 +185,8 @@ def _gather(
         (x, stream_was), (x_, stream_is) = wanted, given
         lost = None if stream_was is None or stream_is is None else stream_was.float() - stream_is.float()
         for name, pair in sums.items():
-            weigh = emphasis[name].to(x.device)[octaves(len(x), x.device)] if name in emphasis else None
-            pair[number >= run.fitted].add(x, x_, lost, weigh)
-    return {name: sums.get(name, sums[heard[0]]) for name in group}
+            pair[number >= run.fitted].add(x, x_, lost, weighing.get(name))
+    return {name: sums[name if weighing else leader] for name in group}
 
 
 def _zeros(module: nn.Module, writes: bool, device: torch.device) -> tuple[Moments, Moments]:

@@ -32,7 +32,7 @@ class Rounder:
         dense: name to the weight `[m, n]` whose output a layer is to repeat; None: the layer's own, not rounded.
             Factors that were fitted to something else than that weight must not be pulled back to it.
         device: where it computes.
-        held_out: of the dense model on other text, inputs alone: what the guards of `alloc.rounding` go by.
+        held_out: of the dense model on other text; its C is what the guards of `alloc.rounding` go by.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Rounder:
         """C, F and held-out C of a layer; those of its block stay in memory until another block's are asked for."""
         if self._block[name] != self._at:
             self._at = self._block[name]
-            held_out = self.held_out.metric(self._at)[0] if self.held_out else {}
+            held_out = self.held_out.metric_inputs(self._at) if self.held_out else {}
             self._moments = *self.curvature.metric(self._at), held_out
         inputs, outputs, held_out = self._moments
         return inputs[name], outputs.get(name), held_out.get(name)

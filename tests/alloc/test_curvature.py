@@ -78,7 +78,8 @@ def reference(model: Any, windows: torch.Tensor, gradients: torch.Tensor, seed: 
             for position, (row, g) in enumerate(rows):
                 size = float(g @ g)
                 sizes[name][position] += size / gradients.numel()
-                outputs[name] = outputs[name] + torch.outer(g, g) / (size * gradients.numel())
+                if size > 1e-10 * float(y.grad.norm(dim=-1).max()) ** 2:  # the first token's at q and k is noise
+                    outputs[name] = outputs[name] + torch.outer(g, g) / (size * gradients.numel())
                 weighted[name] = weighted[name] + size * torch.outer(row, row) / gradients.numel()
     emphasis = {}
     for name, size in sizes.items():

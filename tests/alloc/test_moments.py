@@ -235,8 +235,46 @@ def test_a_layer_used_twice_counts_twice() -> None:
         (layer(x) + 2 * layer(y.requires_grad_())).sum().backward()
     assert close(inputs.finish(4)[0]["a"], (outer(x) + outer(y)) / 4)
     found = gradients.finish(4)  # eight gradients of one direction, four of size 3 and four of size 12 (squared)
-    assert close(found["a"], (4 * 3 + 4 * 12) / 4 * 8 * torch.ones(3, 3) / 3 / 4)
-    assert close(found["weighted.a"], (3 * outer(x) + 12 * outer(y)) / 60)
+    assert close(found["a"], (4 * 3 + 4 * 12) / 8 * torch.ones(3, 3) / 3)
+    assert close(found["weighted.a"], (3 * outer(x) + 12 * outer(y)) / 60 * 8 / 4)
+
+
+def test_a_layer_that_some_tokens_reach() -> None:
+    """F is of those that reach it; input moments, weighted or not, are times their share."""
+    torch.manual_seed(0)
+    layer, x, w = linear("linear", 4, 3), torch.randn(8, 4), torch.randn(2, 3)
+    inputs, gradients = InputSums({"a": layer}), GradientSums({"a": layer})
+    with inputs.listening(), gradients.listening():
+        (layer(x[:2].clone().requires_grad_()) * w).sum().backward()
+    found, sizes = gradients.finish(8), w.norm(dim=1, keepdim=True)
+    assert close(found["a"], sizes.square().sum() / 2 * outer(w / sizes) / 2)
+    assert close(found["weighted.a"], outer(x[:2] * sizes) / sizes.square().sum() * 2 / 8)
+    assert close(inputs.finish(8)[0]["a"], outer(x[:2]) / 8)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-25])
+def test_gradients_that_are_noise_have_no_direction(size: float) -> None:
+    torch.manual_seed(0)
+    layer, w = linear("linear", 4, 3), torch.randn(6, 3)
+    sums, without = GradientSums({"a": layer}), GradientSums({"a": layer})
+    for found, first in ((sums, size), (without, 0.0)):
+        with found.listening():
+            scale = torch.tensor([[first]] + [[1.0]] * 5)
+            (layer(torch.ones(6, 4).requires_grad_()) * w * scale).sum().backward()
+    assert close(sums.finish(6)["a"], without.finish(6)["a"].double())
+
+
+def test_inputs_are_those_of_the_call() -> None:
+    """What is written into them afterwards does not count."""
+    torch.manual_seed(0)
+    layer, x = linear("linear", 4, 3), torch.randn(5, 4)
+    sums = GradientSums({"a": layer})
+    with sums.listening():
+        given = x.clone().requires_grad_() * 1
+        y = layer(given)
+        given.detach().mul_(100)
+        y.sum().backward()
+    assert close(sums.finish(5)["weighted.a"], outer(x) / 5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])

@@ -10,6 +10,7 @@ import torch
 from fourbit import in_turn, wide_model
 
 import rankwise
+from rankwise.alloc import rounder as module
 from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.rounder import Rounder, grid_of
 from rankwise.alloc.rounding import round_dense, round_lowrank, round_pivot
@@ -114,7 +115,9 @@ def test_other_numbers_are_another_layer(source: Any, rounder: Callable[..., Rou
     assert coarse["weight_scale"].shape[1] == 2
 
 
-def test_held_out_inputs_reach_the_guards(source: Any, rounder: Callable[..., Rounder], tmp_path: Path) -> None:
+def test_held_out_inputs_reach_the_guards(
+    source: Any, rounder: Callable[..., Rounder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, curvature, store, plan = source
     windows = torch.randint(2, 512, (2, 48), generator=torch.Generator().manual_seed(9))
     held_out = collect(model, windows, windows, tmp_path / "held_out", device=CPU)
@@ -123,10 +126,14 @@ def test_held_out_inputs_reach_the_guards(source: Any, rounder: Callable[..., Ro
     spec, w = plan.layers[name], weight_of(model.get_submodule(name))
     u, v = store.load(name, spec.rank)
     rounder(dense=weight(model))(name, {"lowrank_u": u, "lowrank_v": v}, spec)
+    judged = []
+    monkeypatch.setattr(module, "round_lowrank", lambda *given: judged.append(given[-1]) or round_lowrank(*given))
     stored = rounder(dense=weight(model), held_out=held_out)(name, {"lowrank_u": u, "lowrank_v": v}, spec)
     assert len(list((tmp_path / "rounded").iterdir())) == 2  # other text is another layer
     metric = grid_of(spec.precision), *(moments[name] for moments in curvature.metric(index))
-    found = round_lowrank(w, u, v, *metric, held_out.metric(index)[0][name])
+    expected = (held_out.inputs(index)[name] + held_out.weighted(index)[name]) / 2
+    assert torch.allclose(judged[0], expected, rtol=1e-6)
+    found = round_lowrank(w, u, v, *metric, expected)
     for part in ("u", "v"):
         assert torch.equal(stood_for(stored, f"lowrank_{part}"), decoded(found.tensors[part]))
 
