@@ -18,6 +18,7 @@ PLAIN, PIVOT = ["dense", "lowrank"], ["dense", "lowrank", "pivot"]
 ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform (SVD-LLM)": ("svd-llm", {}),
     "global": ("global", {}),
+    "global, no pivot": ("global", {"kinds": PLAIN}),
     "rankwise": ("rankwise", {}),
     "SVD-LLM v2": ("svd-llm-v2", {}),
     "D-Rank": ("d-rank", {}),

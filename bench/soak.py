@@ -27,6 +27,8 @@ import psutil
 from openai import APIStatusError, AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from rankwise.progress import Track, on_terminal, silent
+
 WORDS = "the model keeps its ranks and the cache holds blocks of keys for every prompt that begins alike"
 SERVE = ["serve", "--port", "0", "--json", "--max-queue", "64", "--kv-tokens", "8192", "--max-model-len", "1024"]
 
@@ -137,16 +139,18 @@ def fill(url: str, model: str, tokens: int, length: int = 512) -> None:
         httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status()
 
 
-def soak(url: str, model: str, process: psutil.Process, mix: Mix) -> dict[str, Any]:
+def soak(url: str, model: str, process: psutil.Process, mix: Mix, track: Track = silent) -> dict[str, Any]:
     """Send a mix and say what came of it; memory in MiB, of the server, at every tenth of the requests."""
     memory: list[float] = []
-
-    def sampled(done: int) -> None:
-        if done * 10 // mix.requests > len(memory):
-            memory.append(round(process.memory_info().rss / 2**20, 1))
-
     started = time.monotonic()
-    ended = asyncio.run(traffic(url, model, mix, sampled))
+    with track("requests", mix.requests) as advance:
+
+        def sampled(done: int) -> None:
+            if done * 10 // mix.requests > len(memory):
+                memory.append(round(process.memory_info().rss / 2**20, 1))
+            advance()
+
+        ended = asyncio.run(traffic(url, model, mix, sampled))
     seconds, found = time.monotonic() - started, settled(url)
     outcomes = {name.removeprefix("requests_total,"): v for name, v in found.items() if name.startswith("requests_t")}
     left = {name: found[name] for name in ("queue_length", "running", "kv_blocks_used")}
@@ -173,7 +177,7 @@ def main() -> int:
         facts = json.loads(line)
         fill(facts["url"], "soaked", facts["kv_tokens"])
         mix = Mix(options.requests, options.together, tokens=options.tokens, seed=options.seed)
-        result = soak(facts["url"], "soaked", psutil.Process(server.pid), mix)
+        result = soak(facts["url"], "soaked", psutil.Process(server.pid), mix, on_terminal)
         server.terminate()
         result |= {"exit_code": server.wait(60), "requests": mix.requests, "together": mix.together}
     growth = max(result["memory"]) - result["memory"][0]

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.harness import Case, calibrate, identity, kept_rows, parse, refitted
+from bench.harness import Case, calibrate, identity, kept_rows, metric, parse, refitted, require_metric
 from bench.methods import cases
 from bench.texts import test_windows, train_windows
-from rankwise.alloc.curvature import FORMAT
 from rankwise.anatomy import weight_of
 from rankwise.engine.checkpoint import save
 from rankwise.evaluate import perplexity
@@ -61,28 +60,33 @@ def build(case: Case, options: argparse.Namespace) -> tuple[Any, Any, RankPlan]:
     return model, tokenizer, plan
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Perplexities of one row in bf16 and in nf4."""
+def find(name: str) -> Case:
+    """The row of `bench.methods` at the ratio of this bench."""
     found = [case for case in cases() if case.name == name and (case.ratio == RATIO or not case.method)]
     if not found:
         raise SystemExit(f"{name}: no row of bench.methods at {RATIO}")
-    if found[0].method:
-        model, tokenizer, plan = build(found[0], options)
+    return found[0]
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Perplexities of one row in bf16 and in nf4."""
+    if case.method:
+        model, tokenizer, plan = build(case, options)
     else:
         model, tokenizer = load_model(options.model, options.dtype)
         other = next(case for case in cases() if case.method)  # any plan names the layers
         whole = RankPlan.load(options.work / "plans" / f"{other.key}.json")
         plan = RankPlan({n: type(s)("dense", s.out_features, s.in_features, s.full_rank) for n, s in whole})
-    if options.save and found[0].method:
-        plan.other_bytes, out = tensor_bytes(model) - plan.bytes, options.save / found[0].key
-        save(model, tokenizer, plan, out, staging=options.save / f".{found[0].key}")
+    if options.save and case.method:
+        plan.other_bytes, out = tensor_bytes(model) - plan.bytes, options.save / case.key
+        save(model, tokenizer, plan, out, staging=options.save / f".{case.key}")
     tests = {domain: test_windows(domain, options, tokenizer) for domain in ("wikitext2", "c4")}
     figures = {}
     for precision in ("bf16", "nf4"):
         if precision == "nf4":
             round_model(model, plan)
         figures[precision] = {test: perplexity(model, windows, track=on_terminal) for test, windows in tests.items()}
-    return {"name": name, "ratio": plan.ratio, "perplexity": figures}
+    return {"name": case.name, "ratio": plan.ratio, "perplexity": figures}
 
 
 def main() -> None:
@@ -94,12 +98,13 @@ def main() -> None:
     options = parse("then_nf4", str(__doc__), rest)
     options.save = own.save
     quiet_transformers()
-    facts = identity("then_nf4", options) | {"curvature": FORMAT}
-    there = {row["name"] for row in kept_rows(options.out, facts)}
+    facts = identity("then_nf4", options)
+    rows = [row | {"key": row["name"]} for row in kept_rows(options.out, facts)]
+    require_metric(rows, {row["key"]: metric(find(row["key"]), options) for row in rows}, options.out)
     for name in own.names:
-        if name in there:
+        if name in {row["name"] for row in rows}:
             continue
-        row = facts | measure(name, options)
+        row = facts | metric(find(name), options) | measure(find(name), options)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(name, row["perplexity"], flush=True)  # noqa: T201

@@ -27,6 +27,7 @@ from transformers import (
 
 import rankwise
 from rankwise import files
+from rankwise.alloc.curvature import FORMAT
 from rankwise.cli import main
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig
@@ -664,7 +665,7 @@ CURVATURES = {
     ),
     "of-another-model": Case(
         prepared(
-            lambda lab: lab.write("c/curvature.json", json.dumps({"format": 2, "blocks": 2, "model": "another"})),
+            lambda lab: lab.write("c/curvature.json", json.dumps({"format": FORMAT, "blocks": 2, "model": "another"})),
             option("--curvature", "c"),
         ),
         ("curvature: c was made with model 'another', not ", "use the same model, text, windows and seed"),

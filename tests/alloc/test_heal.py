@@ -111,7 +111,7 @@ def test_bf16_learns_in_steps_below_its_rounding(patient: Callable[..., Patient]
 
 def test_the_best_point_met_is_returned(patient: Callable[..., Patient], tmp_path: Path) -> None:
     p = patient()
-    found = p.heal(tmp_path, HealConfig(steps=30, check_every=2, lr=0.03))
+    found = p.heal(tmp_path, HealConfig(steps=30, check_every=2, lr=0.05))
     losses = [loss for _, loss in found.history]
     assert found.history[0] == (0, found.before)
     assert [step for step, _ in found.history] == [0, *range(2, 31, 2)]

@@ -174,7 +174,7 @@ def test_nothing_to_choose_from(source: Source) -> None:
 @pytest.mark.parametrize("make", [lambda: Trust(), lambda: Trust(1.0, 1.0)])
 def test_trust_moves_losses_between_ranks_and_rounding(source: Source, make: Callable[[], Trust]) -> None:
     """The more a dropped component is held to cost, the less is dropped."""
-    budget = int(0.1 * dense_bytes(source))
+    budget = int(0.08 * dense_bytes(source))
 
     def dropped(trust: Trust) -> float:
         plan = source.plan(budget, trust=trust)

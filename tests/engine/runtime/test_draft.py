@@ -25,7 +25,7 @@ Make = Callable[..., Any]
 def small(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     """The tiny Llama, compressed by rankwise, as a folder."""
     model, _ = rankwise.zoo.load_model(str(model_folder("llama")))
-    plan = rankwise.allocate(model, WINDOWS, rankwise.Global(ratio=0.9, rank_multiple=1))
+    plan = rankwise.allocate(model, WINDOWS, rankwise.Global(ratio=0.7, rank_multiple=1))
     folder = tmp_path_factory.mktemp("small") / "llama"
     rankwise.save(rankwise.compress(model, plan), tokenizer, plan, folder)
     return str(folder)
