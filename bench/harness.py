@@ -101,11 +101,12 @@ def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, A
         if not wanted(case, options) or case.key in {row["key"] for row in rows}:
             continue
         row = facts | metric(case, options) | {"key": case.key, **json.loads(json.dumps(asdict(case)))}
-        rows.append(row | in_process(bench, case))
+        row |= in_process(bench, case)
+        rows.append(row)
         with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        figures = "  ".join(f"{test} {value:.2f}" for test, value in rows[-1]["perplexity"].items())
-        print(f"{case.name:36} kept {case.ratio:.2f}  {figures}  {rows[-1]['seconds']:.0f} s", flush=True)  # noqa: T201
+            file.write(json.dumps(row) + "\n")
+        figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
+        print(f"{case.name:36} kept {case.ratio:.2f}  {figures}  {row['seconds']:.0f} s", flush=True)  # noqa: T201
     return rows
 
 
@@ -232,9 +233,11 @@ def kept_rows(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def require_metric(rows: list[dict[str, Any]], metrics: dict[str, dict[str, Any]], path: Path) -> None:
-    """Refuse rows whose output gradients were summed in another form."""
-    old = [row["name"] for row in rows if row.get("curvature") != metrics.get(row["key"], row).get("curvature")]
+def require_metric(
+    rows: list[dict[str, Any]], metrics: dict[str, dict[str, Any]], path: Path, key: str = "key"
+) -> None:
+    """Refuse rows whose output gradients were summed in another form; `metrics` by what rows hold under `key`."""
+    old = [row["name"] for row in rows if row.get("curvature") != metrics.get(row[key], row).get("curvature")]
     if old:
         sys.exit(f"{path}: {', '.join(old)} were measured with another curvature: give --out, or remove these rows")
 

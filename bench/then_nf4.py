@@ -99,12 +99,14 @@ def main() -> None:
     options.save = own.save
     quiet_transformers()
     facts = identity("then_nf4", options)
-    rows = [row | {"key": row["name"]} for row in kept_rows(options.out, facts)]
-    require_metric(rows, {row["key"]: metric(find(row["key"]), options) for row in rows}, options.out)
+    rows = kept_rows(options.out, facts)
+    there = {row["name"] for row in rows}
+    require_metric(rows, {name: metric(find(name), options) for name in there}, options.out, key="name")
     for name in own.names:
-        if name in {row["name"] for row in rows}:
+        if name in there:
             continue
-        row = facts | metric(find(name), options) | measure(find(name), options)
+        case = find(name)
+        row = facts | metric(case, options) | measure(case, options)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(name, row["perplexity"], flush=True)  # noqa: T201

@@ -50,6 +50,8 @@ def allocate(
     Returns:
         A plan that carries a handle on its factors, ready for `compress`.
     """
+    if not len(text):
+        raise RankwiseError("text", "0 windows", "at least 1")
     if not method.two_sided:
         gradient_text = None
     elif gradient_text is None:

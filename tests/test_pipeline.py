@@ -77,6 +77,12 @@ def test_gradients_are_those_of_the_first_quarter(tiny: Callable[..., Any], wind
         assert (said["samples"], said["gradient_samples"]) == (count, gradients)
 
 
+@pytest.mark.parametrize("method", [rankwise.Global(0.6), rankwise.SvdLlm(0.6)], ids=["two-sided", "one-sided"])
+def test_no_text_is_refused(method: Any, tiny: Callable[..., Any], windows: torch.Tensor) -> None:
+    with pytest.raises(RankwiseError, match="text: 0 windows; at least 1"):
+        rankwise.allocate(tiny("llama"), windows[:0], method)
+
+
 def test_methods_that_learn_learn_from_the_text(tiny: Callable[..., Any], windows: torch.Tensor) -> None:
     """And leave the model as it was, in memory alone."""
     model = tiny("llama")

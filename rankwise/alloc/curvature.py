@@ -12,6 +12,7 @@ block whose file is missing, and computes the same bytes.
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,39 +86,37 @@ class Curvature:
         return {name: sizes[leader] for name, leader in groups.items()}
 
     def outputs(self, index: int) -> dict[str, torch.Tensor]:
-        """Layer name to F `[m, m]` fp32."""
-        with open_tensors(self.file("outputs", index)) as file:
-            names = [name for name in file.keys() if not name.startswith((WEIGHTED, EMPHASIS))]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}
+        """Layer name to F `[m, m]` fp32; empty if output gradients were not measured."""
+        return self._outputs(index, lambda name: not name.startswith((WEIGHTED, EMPHASIS)))
 
     def weighted(self, index: int) -> dict[str, torch.Tensor]:
         """Layer name to C `[n, n]` fp32, each token counted as its output gradient says (`moments.GradientSums`)."""
-        return self._under(WEIGHTED, index)
+        found = self._outputs(index, lambda name: name.startswith(WEIGHTED))
+        return {name.removeprefix(WEIGHTED): moment for name, moment in found.items()}
 
     def emphasis(self, index: int) -> dict[str, torch.Tensor]:
         """Layer name to the weight of a token in `metric`'s C, by octaves of its position, fp32; 1 in the mean."""
-        return {name: (1 + share) / 2 for name, share in self._under(EMPHASIS, index).items()}
+        found = self._outputs(index, lambda name: name.startswith(EMPHASIS))
+        return {name.removeprefix(EMPHASIS): (1 + share) / 2 for name, share in found.items()}
 
-    def _under(self, prefix: str, index: int) -> dict[str, torch.Tensor]:
+    def _outputs(self, index: int, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """What the outputs' file holds under the names that are wanted."""
         if not self.has_outputs:
             return {}
         with open_tensors(self.file("outputs", index)) as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(name) for name in filter(wanted, file.keys())}
 
     def metric(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """C and F of the two-sided metric; of the one-sided one, where there are no output gradients.
 
         C is the mean of the plain and of the weighted moments: these know what matters, those have seen more text.
         """
-        return self.metric_inputs(index), self.outputs(index) if self.has_outputs else {}
+        return self.metric_inputs(index), self.outputs(index)
 
     def metric_inputs(self, index: int) -> dict[str, torch.Tensor]:
         """C of `metric` alone."""
-        inputs = self.inputs(index)
-        if not self.has_outputs:
-            return inputs
-        return {name: moment.add_(inputs[name]).div_(2) for name, moment in self.weighted(index).items()}
+        inputs, weighted = self.inputs(index), self.weighted(index)
+        return {name: moment.add_(inputs[name]).div_(2) for name, moment in weighted.items()} or inputs
 
 
 def identify(model: Any, windows: torch.Tensor, gradient_windows: torch.Tensor, seed: int) -> dict[str, Any]:

@@ -58,12 +58,6 @@ class _Sums:
                 sums[name] = torch.zeros(shape, device=device)
             sum_to_main(sums[name])
 
-    def _means(self, tokens: int, what: str) -> dict[str, torch.Tensor]:
-        for name, total in self.sums.items():
-            if not torch.isfinite(total.diagonal()).all():  # no entry is larger than the larger of two on the diagonal
-                raise RankwiseError(name, f"NaN or Inf in its {what}", "try --dtype fp32 or bf16")
-        return {name: total.div_(tokens) for name, total in self.sums.items()}
-
 
 class InputSums(_Sums):
     """`Σ x xᵀ` and `Σ |x|` per layer; layers that are handed the same tensor (q, k, v; gate, up) share one sum.
@@ -107,7 +101,9 @@ class InputSums(_Sums):
             if name not in self.leaders:
                 n = features(module)[1]
                 self.leaders[name], self.sums[name] = name, torch.zeros(n, n)
-        return self._means(tokens, "input activations"), self.leaders
+        for name, total in self.sums.items():
+            _require_finite(name, "input activations", total.diagonal())
+        return {name: total.div_(tokens) for name, total in self.sums.items()}, self.leaders
 
     def magnitudes(self, tokens: int) -> dict[str, torch.Tensor]:
         """Leader to mean |x| `[n]`; call after `finish`. Zeros for a layer that was never called."""
@@ -169,12 +165,17 @@ class GradientSums(_Sums):
             seen = self.weights.get(name, torch.zeros(OCTAVES, 2))
             weight, count = seen.double().sum(0)
             outputs, inputs = self.sums.get(name, torch.zeros(m, m)), self.weighted.get(name, torch.zeros(n, n))
-            if not all(torch.isfinite(part).all() for part in (weight, inputs.diagonal(), outputs.diagonal())):
-                raise RankwiseError(name, "NaN or Inf in its output gradients", "try --dtype fp32 or bf16")
+            _require_finite(name, "output gradients", weight, inputs.diagonal(), outputs.diagonal())
             found[name] = outputs.mul_(float(weight / count.clamp_min(1) ** 2))
             found[WEIGHTED + name] = inputs.mul_(float(count / tokens / weight.clamp_min(TINY)))
             found[EMPHASIS + name] = _relative(seen)
         return found
+
+
+def _require_finite(name: str, what: str, *parts: torch.Tensor) -> None:
+    """Of a moment the diagonal will do: no entry is larger than the larger of two on it."""
+    if not all(torch.isfinite(part).all() for part in parts):
+        raise RankwiseError(name, f"NaN or Inf in its {what}", "try --dtype fp32 or bf16")
 
 
 def octaves(count: int, device: torch.device) -> torch.Tensor:

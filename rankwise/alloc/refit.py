@@ -94,10 +94,8 @@ def refit(
         with track("refit", len(stream)) as advance:
             for index, block in enumerate(linears):
                 if not into.file(index).exists():
-                    outputs = curvature.outputs(index) if curvature.has_outputs else {}
                     specs = {name: plan.layers[name] for name in block}
-                    emphasis = curvature.emphasis(index)
-                    into.write(index, *_refit_block(run, index, block, specs, factors, outputs, emphasis))
+                    into.write(index, *_refit_block(run, index, block, specs, factors, curvature))
                 _forward(run, index, block, into.weights(index))
                 advance()
     finally:
@@ -111,11 +109,12 @@ def _refit_block(
     block: dict[str, nn.Module],
     specs: dict[str, LayerSpec],
     factors: FactorStore,
-    outputs: dict[str, torch.Tensor],
-    emphasis: dict[str, torch.Tensor],
+    curvature: Curvature,
 ) -> tuple[dict[str, Tensors], dict[str, Outcome]]:
     """New tensors of one block's layers, and what became of each. Layers that the text misses keep their factors."""
-    stream = run.stream
+    stream, outputs = run.stream, curvature.outputs(index)
+    places = octaves(run.windows.shape[1], stream.device)
+    emphasis = {name: share.to(stream.device)[places] for name, share in curvature.emphasis(index).items()}
     found = {name: _old(factors, name, spec) for name, spec in specs.items()}
     outcomes = {name: Outcome() for name in block}
     with stream.on_device(index):
@@ -169,12 +168,10 @@ def _gather(
         layout: how they hang together.
         group: layers that share an input.
         weights: what the compressed model has in the place of the layers before the group.
-        emphasis: layer to what tokens weigh by the octave of their position; without any, the group shares its sums.
+        emphasis: layer to what its tokens weigh `[T]`; without any, the group shares its sums.
     """
     stream, leader = run.stream, group[0]
-    places = octaves(run.windows.shape[1], stream.device)
-    weighing = {name: emphasis[name].to(stream.device)[places] for name in group if emphasis}
-    heard = list(weighing) or [leader]
+    heard = group if emphasis else [leader]
     sums = {name: _zeros(block[name], leader in layout.residual, stream.device) for name in heard}
     for number, (dense, compressed) in enumerate(zip(run.dense, run.compressed, strict=True)):
         wanted = layout.grab(stream, index, leader, dense.to(stream.device))
@@ -185,8 +182,8 @@ def _gather(
         (x, stream_was), (x_, stream_is) = wanted, given
         lost = None if stream_was is None or stream_is is None else stream_was.float() - stream_is.float()
         for name, pair in sums.items():
-            pair[number >= run.fitted].add(x, x_, lost, weighing.get(name))
-    return {name: sums[name if weighing else leader] for name in group}
+            pair[number >= run.fitted].add(x, x_, lost, emphasis.get(name))
+    return {name: sums[name if emphasis else leader] for name in group}
 
 
 def _zeros(module: nn.Module, writes: bool, device: torch.device) -> tuple[Moments, Moments]:
