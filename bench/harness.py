@@ -25,10 +25,10 @@ from rankwise.alloc.heal import HealConfig, heal
 from rankwise.alloc.methods import METHODS, Method
 from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
-from rankwise.alloc.store import FactorStore, factorize_model
+from rankwise.alloc.store import FactorStore
 from rankwise.alloc.teacher import Teacher
 from rankwise.evaluate import perplexity
-from rankwise.pipeline import compress
+from rankwise.pipeline import compress, make_factors
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
@@ -190,12 +190,14 @@ def build(case: Case, options: argparse.Namespace) -> Method:
 
 def calibrate(case: Case, model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[Calibration, float]:
     """Curvature and factors, made or found, and what the method learns from; seconds that the former took."""
-    started, sides = time.monotonic(), str(build(case, options).sides)
+    started, method = time.monotonic(), build(case, options)
+    sides = str(method.sides)
     where = options.work / f"{case.calibration}-{case.samples}-{case.gradient_samples}"
     train = train_windows(case.calibration, options, tokenizer)
     inputs, gradients = train[: case.samples], train[: case.gradient_samples]
     curvature: Curvature = collect(model, inputs, gradients, where / "curvature", device=CPU, track=on_terminal)
-    store = factorize_model(model, curvature, where / f"factors-{sides}", sides=sides, device=CPU, track=on_terminal)
+    folder = where / f"factors-{sides}{channels_tag(method)}"
+    store = make_factors(model, curvature, method, inputs[:1], folder, device=CPU, track=on_terminal)
     spent = time.monotonic() - started
     parts = []
     for domain in case.learn:
@@ -206,6 +208,13 @@ def calibrate(case: Case, model: Any, tokenizer: Any, options: argparse.Namespac
     shared = f"{case.method}-{sides}-{case.calibration}-{case.samples}-{case.gradient_samples}"
     folder = options.work / "learning" / (shared if case.method in SHARED_PROBES else case.key)
     return Calibration(model, store, curvature, learn, folder, CPU, case.seed, on_terminal), spent
+
+
+def channels_tag(method: Method) -> str:
+    """For names of folders: what decides channels is the whole method, where any may go."""
+    if not method.width_multiple:
+        return ""
+    return "-" + hashlib.sha256(json.dumps(method.options(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def identity(bench: str, options: argparse.Namespace) -> dict[str, Any]:

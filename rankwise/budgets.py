@@ -108,7 +108,7 @@ def checkpoint_bytes(plan: RankPlan, others: Mapping[str, Any], dtype: str) -> i
     for name, spec in plan:
         names += [f"{name}.{part}" for part in spec.tensors]
         total += spec.bytes
-        if spec.compressed:  # the guard, see docs/checkpoint.md
+        if spec.recoded:  # the guard, see docs/checkpoint.md
             names.append(f"{name}.weight")
             total += ITEM_BYTES[FLOATS[dtype]]
     entry = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 10 + 2 * len(str(total))

@@ -102,7 +102,7 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     rounding: Rounding = nearest
     if plan.quantised and config.feeds_back and curvature is not None:
         fitted = teacher is not None or isinstance(factors, Refitted)
-        rounding = _rounding(work, curvature, fitted=fitted)
+        rounding = _rounding(work, curvature, factors, fitted=fitted)
     compress(model, plan if teacher is None else whole, factors, rounding=rounding, track=work.track)
     if teacher is not None:
         _heal(work, whole, teacher)
@@ -127,7 +127,7 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
         identity = {"measured": False} if curvature is None else curvature.identity
         plan.provenance = provenance(config, identity, weights)
         return plan, None, curvature
-    store, curvature = measure(work, work.folder / FACTORS)
+    store, curvature = measure(work, work.folder / FACTORS, given)
     plan, _ = _plan(work, given, store, curvature)
     plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
     plan.provenance |= provenance(config, curvature.identity, weights)
@@ -177,15 +177,16 @@ def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> RankPla
     plans = byte_plans(config, model, store, curvature, work.folder / "rounding", work.track)
     rounding: Rounding = nearest
     if config.feeds_back:
-        rounding = _rounding(work, curvature, fitted=False)
+        rounding = _rounding(work, curvature, store, fitted=False)
     judges = work.windows["judges"]
     return choose(plans, model, store, rounding, judges, resolve_device(config.device), work.track)
 
 
-def _rounding(work: Work, curvature: Curvature, *, fitted: bool) -> Rounding:
+def _rounding(work: Work, curvature: Curvature, factors: FactorStore | Refitted | None, *, fitted: bool) -> Rounding:
     """By what the curvature says; the model is still dense."""
-    held_out = measure_held_out(work, curvature)
-    return make_rounding(work.config, work.model, curvature, work.folder / "rounded", fitted=fitted, held_out=held_out)
+    held_out, folder = measure_held_out(work, curvature), work.folder / "rounded"
+    store = factors.base if isinstance(factors, Refitted) else factors
+    return make_rounding(work.config, work.model, curvature, folder, store, fitted=fitted, held_out=held_out)
 
 
 def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> Refitted:

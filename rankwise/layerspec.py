@@ -34,6 +34,7 @@ class LayerSpec:
         indices: the kept components, rising, where they are not the first `rank` (any-k selection); else None.
         group: of `int4`, see `storage.Precision`: it divides the columns of every matrix of the layer.
         asymmetric: likewise.
+        dense_shape: (m, n) of the layer before channels were taken out of it (`alloc.channels`), where some were.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class LayerSpec:
     indices: tuple[int, ...] | None = None
     group: int | None = None
     asymmetric: bool = False
+    dense_shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -60,10 +62,11 @@ class LayerSpec:
         if self.rank > self.full_rank:
             raise RankwiseError("rank", self.rank, f"allowed: 1 to {self.full_rank}")
         self._check_indices()
+        self._check_dense_shape()
         if self.kind == "pivot" and self.rank == self.full_rank:
             raise RankwiseError("rank", self.rank, f"as large as dense; allowed for pivot: 1 to {self.full_rank - 1}")
-        if self.parameters > self.dense_parameters:
-            allowed = self.dense_parameters // (self.out_features + self.in_features)
+        if self.parameters > self.out_features * self.in_features:
+            allowed = self.out_features * self.in_features // (self.out_features + self.in_features)
             raise RankwiseError("rank", self.rank, f"larger than dense; allowed for lowrank: 1 to {allowed}")
         precision.require_blocks("in_features", self.in_features)
         if self.kind != "dense":
@@ -80,15 +83,29 @@ class LayerSpec:
             allowed = f"for lowrank and pivot: {self.rank} rising whole numbers from 0 to {self.full_rank - 1}"
             raise RankwiseError("indices", f"{len(kept)} of them, {list(kept[:4])}...", allowed)
 
+    def _check_dense_shape(self) -> None:
+        if self.dense_shape is None:
+            return
+        found, least = tuple(self.dense_shape), (self.out_features, self.in_features)
+        object.__setattr__(self, "dense_shape", found)
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in found)
+        if len(found) != 2 or not whole or found == least or any(a < b for a, b in zip(found, least, strict=True)):
+            raise RankwiseError("dense_shape", list(found), f"[out, in], larger than {list(least)}")
+
     @property
     def full_rank(self) -> int:
         """min(m, n)."""
         return min(self.out_features, self.in_features)
 
     @property
+    def original_shape(self) -> tuple[int, int]:
+        """(out, in) in the dense model."""
+        return self.dense_shape or (self.out_features, self.in_features)
+
+    @property
     def dense_parameters(self) -> int:
-        """m·n."""
-        return self.out_features * self.in_features
+        """m·n, of the dense model."""
+        return math.prod(self.original_shape)
 
     @property
     def parameters(self) -> int:
@@ -111,9 +128,14 @@ class LayerSpec:
         return self.precision.quantised
 
     @property
-    def compressed(self) -> bool:
-        """True unless the layer stays as it was: dense, in 16 or 32 bits."""
+    def recoded(self) -> bool:
+        """True if it takes a module of ours: factored, or in 4 or 8 bits. All else is an `nn.Linear`."""
         return self.kind != "dense" or self.quantised
+
+    @property
+    def compressed(self) -> bool:
+        """True unless the layer stays as it was: dense, in 16 or 32 bits, with all its channels."""
+        return self.recoded or self.dense_shape is not None
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import Curvature, collect
@@ -12,6 +13,7 @@ from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore, factorize_model
+from rankwise.alloc.widths import choose_channels
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.engine.doors.hf import attach
 from rankwise.engine.embeddings import code_embeddings, find_ends
@@ -93,23 +95,25 @@ def compress(
         RankwiseError: a module is unknown or its shape differs, or factors are missing.
     """
     store = factors or plan.factors
-    if store is None and any(spec.kind != "dense" for _, spec in plan):
+    if store is None and any(spec.kind != "dense" or spec.dense_shape for _, spec in plan):
         raise RankwiseError("factors", None, "a plan read from JSON needs the factors of its model")
     linears = {name: module for block in block_linears(model) for name, module in block.items()}
-    check_plan(plan, {name: features(linear) for name, linear in linears.items()} if store is None else store.shapes)
+    check_plan(plan, {name: features(linear) for name, linear in linears.items()})
+    if store is not None:
+        check_plan(plan, store.shapes, now=True)
     if plan.embeddings:
         _code_tables(model, plan)
     with track("layers", len(plan.compressed)) as advance:
         for name, spec in plan.compressed.items():
             old = linears.pop(name)  # its memory is free once the new layer is in place
-            _replace(model, name, spec, _parts(name, spec, store, old), old, rounding)
+            rows = None if store is None else store.rows(name)
+            _replace(model, name, spec, _parts(name, spec, store, old), old, rounding, rows)
             del old
             advance()
     if isinstance(store, Refitted):
         for name, module in linears.items():
-            if (weight := store.weight(name)) is not None:
-                weight_of(module).copy_(weight)
-                _require_finite(f"{name}.weight", weight_of(module))
+            weight_of(module).copy_(store.weight(name, weight_of(module)))
+            _require_finite(f"{name}.weight", weight_of(module))
     attach(model, plan.compressed, plan.embeddings)
     return model
 
@@ -141,14 +145,21 @@ def round_layers(model: Any, plan: RankPlan, rounding: Rounding = nearest, *, tr
     attach(model, plan.compressed, plan.embeddings)
 
 
-def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]]) -> None:
-    """Raise a RankwiseError unless the plan names every linear layer of the model, and no other, in its shape."""
+def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]], *, now: bool = False) -> None:
+    """Raise a RankwiseError unless the plan names every linear layer of the model, and no other, in its shape.
+
+    Args:
+        plan: of any origin.
+        shapes: layer name to (out, in) in the dense model; with `now` without the channels that the factors have lost.
+        now: see there.
+    """
     for name, spec in plan:
         if name not in shapes:
             raise RankwiseError("plan", f"{name}: no such module", f"the model has, e.g., {next(iter(shapes))}")
-        if shapes[name] != (spec.out_features, spec.in_features):
-            found = f"{name}: [out, in] = {[spec.out_features, spec.in_features]}"
-            raise RankwiseError("plan", found, f"the model has {list(shapes[name])}")
+        planned = (spec.out_features, spec.in_features) if now else spec.original_shape
+        if shapes[name] != planned:
+            whose = "factors have" if now else "model has"
+            raise RankwiseError("plan", f"{name}: [out, in] = {list(planned)}", f"the {whose} {list(shapes[name])}")
     for name in shapes:
         if name not in plan.layers:
             raise RankwiseError("plan", f"{name} is not in it", "a plan lists every linear layer of the blocks")
@@ -162,8 +173,7 @@ def tensor_bytes(model: Any) -> int:
 def _parts(name: str, spec: LayerSpec, store: FactorStore | Refitted | None, old: Any) -> dict[str, torch.Tensor]:
     """A layer's matrices by name, and its index if it has one, not rounded yet."""
     if spec.kind == "dense" or store is None:
-        weight = store.weight(name) if isinstance(store, Refitted) else None
-        return {"weight": weight_of(old) if weight is None else weight}
+        return {"weight": weight_of(old) if store is None else store.weight(name, weight_of(old))}
     u, v = store.load(name, spec.rank, spec.indices)
     if spec.kind == "pivot":
         return dict(zip(("pivot_index", "pivot_basis", "pivot_coeff"), pivot_form(u, v), strict=True))
@@ -171,20 +181,26 @@ def _parts(name: str, spec: LayerSpec, store: FactorStore | Refitted | None, old
 
 
 def _replace(
-    model: Any, name: str, spec: LayerSpec, parts: dict[str, torch.Tensor], old: Any, rounding: Rounding
+    model: Any,
+    name: str,
+    spec: LayerSpec,
+    parts: dict[str, torch.Tensor],
+    old: Any,
+    rounding: Rounding,
+    rows: torch.Tensor | None = None,
 ) -> None:
-    """Put a new layer in the place of an old one."""
+    """Put a new layer in the place of an old one, of whose outputs it has `rows`."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     layer = build_layer(spec, old.bias is not None, dtype, old.weight.device)
     if spec.quantised:
         parts = {part: tensor for part, tensor in parts.items() if part == "pivot_index"} | rounding(name, parts, spec)
     _fill(layer, parts)
     if old.bias is not None and layer.bias is not None:
-        layer.bias.copy_(old.bias)
+        layer.bias.copy_(old.bias if rows is None else old.bias[rows])
     model.set_submodule(name, layer)
 
 
-def _fill(layer: CompressedLinear, values: dict[str, torch.Tensor]) -> None:
+def _fill(layer: CompressedLinear | nn.Linear, values: dict[str, torch.Tensor]) -> None:
     for name, value in values.items():
         getattr(layer, name).copy_(value)
         _require_finite(name, getattr(layer, name))
@@ -205,8 +221,41 @@ def measure_factors(
     device: str,
     seed: int,
     track: Track,
+    planned: dict[str, int] | None = None,
 ) -> tuple[FactorStore, Curvature]:
-    """Curvature into the folder `moments`, then factors into `factors`; `gradients` None: no output gradients."""
+    """Curvature into the folder `moments`, then `make_factors`; `gradients` None: no output gradients."""
     target = resolve_device(device)
     curvature = collect(model, inputs, gradients, moments, device=target, seed=seed, track=track)
-    return factorize_model(model, curvature, factors, sides=str(method.sides), device=target, track=track), curvature
+    window = inputs[:1]
+    return make_factors(model, curvature, method, window, factors, planned, device=target, track=track), curvature
+
+
+def make_factors(
+    model: Any,
+    curvature: Curvature,
+    method: Method,
+    window: torch.Tensor,
+    folder: Path,
+    planned: dict[str, int] | None = None,
+    *,
+    device: torch.device,
+    track: Track = silent,
+) -> FactorStore:
+    """Factors of what a method leaves of the layers; which channels those are goes into a folder beside.
+
+    Args:
+        model: dense, in host memory.
+        curvature: of the model.
+        method: decides the metric, and which channels go.
+        window: `[1, T]` token ids.
+        folder: for the factors.
+        planned: as of `choose_channels`; the method has no say then.
+        device: where it computes.
+        track: progress.
+    """
+    channels = None
+    if planned or (planned is None and method.width_multiple > 0):
+        place = folder.with_name(f"{folder.name}-channels")
+        channels = choose_channels(model, curvature, method, window, place, device=device, planned=planned, track=track)
+    sides = str(method.sides)
+    return factorize_model(model, curvature, folder, sides=sides, device=device, channels=channels, track=track)

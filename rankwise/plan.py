@@ -17,7 +17,8 @@ from rankwise.storage import EMBEDDINGS, Precision
 __all__ = ["FORMAT", "KINDS", "LayerSpec", "RankPlan", "check_embeddings", "check_format", "layer_parameters"]
 
 FORMAT = 1
-OPTIONAL = {"indices": None, "group": None, "asymmetric": False}  # fields that JSON carries only where they are set
+# fields that JSON carries only where they are set
+OPTIONAL = {"indices": None, "group": None, "asymmetric": False, "dense_shape": None}
 
 
 @dataclass
@@ -69,7 +70,7 @@ class RankPlan:
 
     @property
     def compressed(self) -> dict[str, LayerSpec]:
-        """The layers that do not stay as they were: factored, or stored in 4 or 8 bits."""
+        """The layers that do not stay as they were: factored, narrowed, or stored in 4 or 8 bits."""
         return {name: spec for name, spec in self if spec.compressed}
 
     @property

@@ -115,6 +115,7 @@ def make_rounding(
     model: Any,
     curvature: Curvature,
     folder: Path,
+    store: FactorStore | None = None,
     *,
     fitted: bool,
     held_out: Curvature | None = None,
@@ -126,12 +127,20 @@ def make_rounding(
         model: dense, or with layers whose factors are to be rounded.
         curvature: of the dense model.
         folder: of finished layers.
+        store: the factors, which know the channels that layers have lost; None: none.
         fitted: factors were refitted or healed: they are to be repeated, not the dense weight.
         held_out: of other text, which judges; None: the guards go by `curvature`.
     """
     blocks = [list(block) for block in block_linears(model)]
-    dense = None if fitted else lambda name: weight_of(model.get_submodule(name))
-    return Rounder(curvature, blocks, folder, dense, resolve_device(config.device), held_out)
+
+    def dense(name: str) -> torch.Tensor:
+        weight = weight_of(model.get_submodule(name))
+        return weight if store is None else store.weight(name, weight)
+
+    channels = None if store is None else store.channels
+    return Rounder(
+        curvature, blocks, folder, None if fitted else dense, resolve_device(config.device), held_out, channels
+    )
 
 
 def _budget(config: CompressConfig) -> ByteBudget:

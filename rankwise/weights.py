@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import RankwiseError
 from rankwise.plan import LayerSpec, RankPlan
@@ -33,7 +33,9 @@ def make_precision(weights: str, group: int | None, asymmetric: bool) -> Precisi
 
 def raised(method: "Method", precision: Precision) -> "Method":
     """The method with a rank multiple that whole groups make up: ranks are the reduction of second factors."""
-    return replace(method, rank_multiple=lcm(method.rank_multiple, precision.block))
+    raised = replace(method, rank_multiple=lcm(method.rank_multiple, precision.block))
+    more: dict[str, Any] = {"channel_multiple": lcm(method.width_multiple, precision.block)}
+    return replace(raised, **more) if method.width_multiple else raised  # what layers read is in groups, too
 
 
 def require_fit(precision: Precision, shapes: dict[str, tuple[int, int]], dtype: str) -> None:
@@ -62,7 +64,7 @@ def needs_factors(config: "CompressConfig", given: RankPlan | None) -> bool:
         given: the plan that it is to carry out, or None.
     """
     if given is not None:
-        return any(spec.kind != "dense" for _, spec in given) or not given.quantised
+        return any(spec.kind != "dense" or spec.dense_shape for _, spec in given) or not given.quantised
     rounds = config.precision is not None and config.precision.quantised
     if config.budget is not None:
         return True

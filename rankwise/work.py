@@ -60,13 +60,21 @@ def measure_held_out(work: Work, curvature: Curvature) -> Curvature | None:
     return collect(work.model, judges, gradients, folder, device=device, seed=config.text.seed, track=work.track)
 
 
-def measure(work: Work, folder: Path) -> tuple[FactorStore, Curvature]:
-    """Curvature and factors; output gradients also where only the refit asks for them."""
+def measure(work: Work, folder: Path, given: RankPlan | None = None) -> tuple[FactorStore, Curvature]:
+    """Curvature and factors; output gradients also where only the refit asks for them.
+
+    Channels are taken out where a plan that is to be carried out says so, or under a budget of parameters: scores have
+    no budget, and one of bytes does not know them.
+    """
     config = work.config
+    planned = {n: s.in_features for n, s in given or () if s.in_features < s.original_shape[1]}
+    free = given is None and config.budget is None and not config.score_only
     moments = config.curvature or work.folder / "curvature"
     gradients = work.windows["gradients"] if config.method.two_sided or config.refits else None
     where = moments, folder, config.device, config.text.seed, work.track
-    return measure_factors(work.model, work.windows["inputs"], gradients, config.method, *where)
+    return measure_factors(
+        work.model, work.windows["inputs"], gradients, config.method, *where, planned=None if free else planned
+    )
 
 
 def learn_plan(work: Work, store: FactorStore, curvature: Curvature) -> tuple[RankPlan, Calibration]:
@@ -92,7 +100,7 @@ def share(work: Work, given: RankPlan | None) -> None:
     if not from_main(config.out.exists) and not config.scores:  # else nothing is left to measure
         if config.score_only or needs_factors(config, given):
             folder = work.folder / "scores" if config.score_only else work.folder
-            measured = measure(work, folder / FACTORS)
+            measured = measure(work, folder / FACTORS, given)
             if given is None and config.method.shared:
                 learn_plan(work, *measured)
         elif config.feeds_back:

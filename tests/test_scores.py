@@ -28,7 +28,7 @@ def folder(tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
         model, windows = tiny("llama"), torch.randint(2, 512, (4, 24), generator=torch.Generator().manual_seed(1))
         curvature = collect(model, windows[:2], windows[2:], tmp_path / "curvature", device=CPU)
         store = factorize_model(model, curvature, tmp_path / "scores" / FACTORS, sides="two", device=CPU)
-        plain = method._choices(store.shapes, store.energies)
+        plain = method.choices(store.shapes, store.energies)
         learnt = None if learn is None else {name: learn(name, entry) for name, entry in plain.items()}
         facts = {"model": "tiny", "options": method.options(), "curvature": curvature.identity}
         finish_scores(tmp_path / "scores", facts, learnt)
@@ -60,7 +60,7 @@ def test_what_was_learnt_is_read_as_it_was_written(
     scores = open_scores(folder(method, learn), tiny("llama"))
     assert scores.learnt is not None
     assert list(scores.learnt) == list(scores.store.shapes)  # files sort names otherwise; ties go by model order
-    plain = method._choices(scores.store.shapes, scores.store.energies)
+    plain = method.choices(scores.store.shapes, scores.store.energies)
     for name, entry in scores.learnt.items():
         assert equal(entry, learn(name, plain[name]))
         assert isinstance(entry.dense_cost, int)

@@ -80,12 +80,12 @@ def factorize_all(
     Arguments, results and errors are those of `factorize`, one for each weight. Moments that several weights share
     should be the same tensor: then their work is done once.
     """
-    damped: dict[int, torch.Tensor] = {}
+    known: dict[int, torch.Tensor] = {}
 
     def metric(matrix: torch.Tensor, what: str, device: torch.device) -> torch.Tensor:
-        if id(matrix) not in damped:
-            damped[id(matrix)] = _checked(matrix, what, device, damping)
-        return damped[id(matrix)]
+        if id(matrix) not in known:
+            known[id(matrix)] = damped(matrix.to(device), what, damping)
+        return known[id(matrix)]
 
     weights = [_finite(w) for w in weights]
     metrics: list[Metric] = []
@@ -96,11 +96,43 @@ def factorize_all(
         found = svd(weights, metrics)
     except RankwiseError as error:
         raise RankwiseError("second moments", error.value, REMEASURE) from None
-    known = [all(m.any() for m in (c, f) if m is not None) for c, f in zip(inputs, outputs, strict=True)]
+    seen = [all(m.any() for m in (c, f) if m is not None) for c, f in zip(inputs, outputs, strict=True)]
     return [
         Factors(f.u.float(), f.v.float(), f.energy if ok else torch.full_like(f.energy, torch.inf))
-        for f, ok in zip(found, known, strict=True)
+        for f, ok in zip(found, seen, strict=True)
     ]
+
+
+def damped(matrix: torch.Tensor, what: str = "second moments", damping: float = DAMPING) -> torch.Tensor:
+    """A metric `[n, n]` in fp64, symmetric and positive definite: see `DAMPING`.
+
+    Raises:
+        RankwiseError: NaN, Inf or a truly indefinite matrix; `what` names it.
+    """
+    m = matrix.to(dtype=torch.float64, copy=True)
+    if not torch.isfinite(m).all():
+        raise RankwiseError(what, "NaN or Inf", "finite numbers are needed; measure the curvature again")
+    m = (m + m.T) / 2
+    mean = float(m.diagonal().mean())
+    if mean < 0 or (mean == 0 and m.any()):
+        raise RankwiseError(what, f"indefinite (mean of the diagonal {mean:.1e})", REMEASURE)
+    m.diagonal().add_(damping * mean if mean > 0 else 1.0)  # never seen at all: the plain metric
+    return m
+
+
+@torch.no_grad()
+def spectrum(weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """The energies of `factorize` without the factors, falling, `[r]` fp64.
+
+    Args:
+        weight: W `[m, n]`.
+        inputs: C `[n, n]` fp64, positive definite.
+        outputs: F `[m, m]` fp64, positive definite.
+    """
+    left, right = (torch.linalg.cholesky(metric) for metric in (outputs, inputs))
+    scaled = left.mT @ weight.double() @ right
+    gram = scaled @ scaled.T if len(scaled) <= scaled.shape[1] else scaled.T @ scaled
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
 @torch.no_grad()
@@ -159,18 +191,6 @@ def _finite(weight: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(weight).all():
         raise RankwiseError("weight", "NaN or Inf", "finite numbers are needed")
     return weight
-
-
-def _checked(matrix: torch.Tensor, what: str, device: torch.device, damping: float) -> torch.Tensor:
-    m = matrix.to(device=device, dtype=torch.float64)
-    if not torch.isfinite(m).all():
-        raise RankwiseError(what, "NaN or Inf", "finite numbers are needed; measure the curvature again")
-    m = (m + m.T) / 2
-    mean = float(m.diagonal().mean())
-    if mean < 0 or (mean == 0 and m.any()):
-        raise RankwiseError(what, f"indefinite (mean of the diagonal {mean:.1e})", REMEASURE)
-    m.diagonal().add_(damping * mean if mean > 0 else 1.0)  # never seen at all: the plain metric
-    return m
 
 
 def _balanced(u: torch.Tensor, v: torch.Tensor, energy: torch.Tensor) -> Factors:

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.layout import Layout, learn_layout
+from rankwise.alloc.mlps import swapped
 from rankwise.alloc.moments import octaves
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.solve import Moments, Outcome, Tensors, product, refit_layer
 from rankwise.alloc.store import FactorStore
 from rankwise.alloc.stream import BlockStream
-from rankwise.anatomy import block_linears, features, weight_of
+from rankwise.anatomy import block_linears, weight_of
 from rankwise.errors import RankwiseError
 from rankwise.plan import LayerSpec, RankPlan
 from rankwise.progress import Track, silent
@@ -96,7 +96,7 @@ def refit(
                 if not into.file(index).exists():
                     specs = {name: plan.layers[name] for name in block}
                     into.write(index, *_refit_block(run, index, block, specs, factors, curvature))
-                _forward(run, index, block, into.weights(index))
+                _forward(run, index, block, into)
                 advance()
     finally:
         stream.close()
@@ -113,31 +113,35 @@ def _refit_block(
 ) -> tuple[dict[str, Tensors], dict[str, Outcome]]:
     """New tensors of one block's layers, and what became of each. Layers that the text misses keep their factors."""
     stream, outputs = run.stream, curvature.outputs(index)
+    rows = {name: kept for name in block if (kept := factors.rows(name)) is not None}
+    outputs |= {name: outputs[name][kept][:, kept] for name, kept in rows.items() if name in outputs}
     places = octaves(run.windows.shape[1], stream.device)
     emphasis = {name: share.to(stream.device)[places] for name, share in curvature.emphasis(index).items()}
-    found = {name: _old(factors, name, spec) for name, spec in specs.items()}
+    found = {name: _old(factors, name, spec, weight_of(block[name])) for name, spec in specs.items()}
     outcomes = {name: Outcome() for name in block}
     with stream.on_device(index):
         layout = learn_layout(stream, index, block, run.dense[0].to(stream.device))
         reached = {name for group in layout.groups for name in group}
         weights = {name: product(old) for name, old in found.items() if old and name not in reached}
         for group in layout.groups:
-            sums = _gather(run, index, block, layout, group, weights, emphasis)
+            sums = _gather(run, index, block, layout, group, weights, emphasis, specs, rows)
             for name in group:
-                dense = weight_of(block[name]).double()
+                dense = weight_of(block[name])
+                start = factors.weight(name, dense).double()
+                teacher = (dense[rows[name].to(dense.device)] if name in rows else dense).double()
                 with _named(name):
                     found[name], outcomes[name] = refit_layer(
-                        dense, specs[name], found[name], *sums[name], outputs.get(name)
+                        start, specs[name], found[name], *sums[name], outputs.get(name), teacher
                     )
                 if found[name]:
                     weights[name] = product(found[name])
     return found, outcomes
 
 
-def _old(factors: FactorStore, name: str, spec: LayerSpec) -> Tensors:
-    """A layer's factors as they are; none of a layer that stays dense."""
+def _old(factors: FactorStore, name: str, spec: LayerSpec, dense: torch.Tensor) -> Tensors:
+    """A layer's factors as they are; of one that stays dense what is left of its weight, nothing if all is."""
     if spec.kind == "dense":
-        return {}
+        return {} if spec.dense_shape is None else {"weight": factors.weight(name, dense).float()}
     return dict(zip(("u", "v"), factors.load(name, spec.rank, spec.indices), strict=True))
 
 
@@ -158,6 +162,8 @@ def _gather(
     group: list[str],
     weights: Tensors,
     emphasis: dict[str, torch.Tensor],
+    specs: dict[str, LayerSpec],
+    rows: Tensors,
 ) -> dict[str, tuple[Moments, Moments]]:
     """Moments of one group's layers, over the windows to fit to and those that judge.
 
@@ -169,13 +175,15 @@ def _gather(
         group: layers that share an input.
         weights: what the compressed model has in the place of the layers before the group.
         emphasis: layer to what its tokens weigh `[T]`; without any, the group shares its sums.
+        specs: what the layers become.
+        rows: layer to the outputs that it keeps, where it has lost some.
     """
     stream, leader = run.stream, group[0]
     heard = group if emphasis else [leader]
-    sums = {name: _zeros(block[name], leader in layout.residual, stream.device) for name in heard}
+    sums = {name: _zeros(specs[name], leader in layout.residual, stream.device) for name in heard}
     for number, (dense, compressed) in enumerate(zip(run.dense, run.compressed, strict=True)):
         wanted = layout.grab(stream, index, leader, dense.to(stream.device))
-        with swapped(block, weights):
+        with swapped(block, weights, rows):
             given = layout.grab(stream, index, leader, compressed.to(stream.device))
         if wanted is None or given is None:
             continue
@@ -186,34 +194,18 @@ def _gather(
     return {name: sums[name if emphasis else leader] for name in group}
 
 
-def _zeros(module: nn.Module, writes: bool, device: torch.device) -> tuple[Moments, Moments]:
+def _zeros(spec: LayerSpec, writes: bool, device: torch.device) -> tuple[Moments, Moments]:
     """To fit to, and to judge by."""
-    m, n = features(module)
-    return Moments.zeros(m, n, writes=writes, device=device), Moments.zeros(m, n, writes=writes, device=device)
+    sizes = spec.out_features, spec.in_features, spec.original_shape[1]
+    return Moments.zeros(*sizes, writes=writes, device=device), Moments.zeros(*sizes, writes=writes, device=device)
 
 
-def _forward(run: _Pass, index: int, block: dict[str, nn.Module], weights: Tensors) -> None:
+def _forward(run: _Pass, index: int, block: dict[str, nn.Module], done: Refitted) -> None:
     """Both models' hidden states through the block that is done."""
-    stream = run.stream
+    stream, weights = run.stream, done.weights(index)
+    rows = {name: kept for name in weights if (kept := done.rows(name)) is not None}
     with stream.on_device(index):
         for number, (dense, compressed) in enumerate(zip(run.dense, run.compressed, strict=True)):
             run.dense[number] = stream.run(index, dense.to(stream.device)).cpu()
-            with swapped(block, weights):
+            with swapped(block, weights, rows):
                 run.compressed[number] = stream.run(index, compressed.to(stream.device)).cpu()
-
-
-@contextmanager
-def swapped(block: dict[str, nn.Module], weights: Tensors) -> Iterator[None]:
-    """Other weights `[m, n]` in the named layers while the context lasts."""
-    kept: Tensors = {}
-    try:
-        for name, weight in weights.items():
-            module: Any = block[name]
-            kept[name] = module.weight.data
-            data = weight.to(kept[name])
-            module.weight.data = data.T.contiguous() if isinstance(module, Conv1D) else data
-        yield
-    finally:
-        for name, data in kept.items():
-            module = block[name]
-            module.weight.data = data

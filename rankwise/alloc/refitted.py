@@ -48,10 +48,16 @@ class Refitted:
         with open_tensors(self.file(self._block[name])) as file:
             return file.get_tensor(f"{name}.u"), file.get_tensor(f"{name}.v")
 
-    def weight(self, name: str) -> torch.Tensor | None:
-        """The new weight `[m, n]` fp32 of a layer that stays dense; None where the old one stays."""
+    def weight(self, name: str, dense: torch.Tensor) -> torch.Tensor:
+        """The weight `[m, n]` of a layer that stays dense: the new one in fp32, or what is left of the old one."""
         with open_tensors(self.file(self._block[name])) as file:
-            return file.get_tensor(f"{name}.weight") if f"{name}.weight" in file.keys() else None  # noqa: SIM118
+            key = f"{name}.weight"
+            new = file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+        return self.base.weight(name, dense) if new is None else new.to(dense.device)
+
+    def rows(self, name: str) -> torch.Tensor | None:
+        """The outputs that a layer keeps; None: all."""
+        return self.base.rows(name)
 
     def weights(self, index: int) -> Tensors:
         """Every layer's matrix `[m, n]` fp32 of one block, multiplied out; layers that were not changed are absent."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.rounding import Rounded, round_dense, round_lowrank, round_pivot
 from rankwise.alloc.scales import Grid
@@ -33,6 +34,7 @@ class Rounder:
             Factors that were fitted to something else than that weight must not be pulled back to it.
         device: where it computes.
         held_out: of the dense model on other text; its C is what the guards of `alloc.rounding` go by.
+        channels: those that the layers keep; None: all.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Rounder:
         dense: Callable[[str], torch.Tensor] | None = None,
         device: torch.device | None = None,
         held_out: Curvature | None = None,
+        channels: Channels | None = None,
     ) -> None:
         self.curvature, self.folder, self.dense, self.device = curvature, folder, dense, device or torch.device("cpu")
-        self.held_out = held_out
+        self.held_out, self.channels = held_out, channels
         self._block = {name: index for index, names in enumerate(blocks) for name in names}
         self._at = -1
         self._moments: tuple[Tensors, Tensors, Tensors] = {}, {}, {}
@@ -90,12 +93,17 @@ class Rounder:
             held_out = self.held_out.metric_inputs(self._at) if self.held_out else {}
             self._moments = *self.curvature.metric(self._at), held_out
         inputs, outputs, held_out = self._moments
-        return inputs[name], outputs.get(name), held_out.get(name)
+        c, f, judge = inputs[name], outputs.get(name), held_out.get(name)
+        if self.channels is not None:
+            c, f = self.channels.restrict(name, c, f)
+            judge = None if judge is None else self.channels.restrict(name, judge, None)[0]
+        return c, f, judge
 
     def _key(self, matrices: Tensors, weight: torch.Tensor | None, spec: LayerSpec) -> str:
         """Of everything that decides the codes."""
         facts: dict[str, Any] = {"spec": [spec.kind, spec.rank, asdict(spec.precision)]}
         facts |= {"curvature": self.curvature.identity, "held_out": self.held_out and self.held_out.identity}
+        facts |= {} if self.channels is None else {"channels": self.channels.identity}
         said = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12)
         for tensor in (*(matrices[part] for part in sorted(matrices)), *([] if weight is None else [weight])):
             said.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

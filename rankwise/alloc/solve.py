@@ -30,7 +30,7 @@ class Moments:
 
     Args:
         compressed: `Σ x' x'ᵀ` `[n, n]`.
-        cross: `Σ x x'ᵀ` `[n, n]`.
+        cross: `Σ x x'ᵀ` `[n₀, n]`; the dense model's layer has n₀ inputs.
         lost: `Σ e x'ᵀ` `[m, n]`; None for layers that do not write to the residual stream.
         tokens: how many were added, or the sum of their weights.
     """
@@ -41,11 +41,19 @@ class Moments:
     tokens: float = 0
 
     @classmethod
-    def zeros(cls, out_features: int, in_features: int, *, writes: bool, device: torch.device) -> "Moments":
-        """No tokens yet; `writes` for a layer that writes to the residual stream."""
-        square = torch.zeros(in_features, in_features, device=device)
+    def zeros(
+        cls,
+        out_features: int,
+        in_features: int,
+        dense_inputs: int | None = None,
+        *,
+        writes: bool,
+        device: torch.device,
+    ) -> "Moments":
+        """No tokens yet; `writes` for a layer that writes to the residual stream, `dense_inputs` where n₀ is not n."""
         lost = torch.zeros(out_features, in_features, device=device) if writes else None
-        return cls(square, square.clone(), lost)
+        square = torch.zeros(in_features, in_features, device=device)
+        return cls(square, torch.zeros(dense_inputs or in_features, in_features, device=device), lost)
 
     def add(
         self,
@@ -68,7 +76,7 @@ class Moments:
         return self.compressed.double() / self.tokens
 
     def targets(self, weight: torch.Tensor) -> torch.Tensor:
-        """`E[t x'ᵀ]` `[m, n]` fp64."""
+        """`E[t x'ᵀ]` `[m, n]` fp64, with W `[m, n₀]`."""
         total = weight @ self.cross.double()
         return (total if self.lost is None else total + self.lost.double()) / self.tokens
 
@@ -92,16 +100,18 @@ def refit_layer(
     fit: Moments,
     judge: Moments,
     outputs: torch.Tensor | None,
+    teacher: torch.Tensor | None = None,
 ) -> tuple[Tensors, Outcome]:
     """The layer's new tensors if they lower the held-out loss, else the old ones.
 
     Args:
         dense: W `[m, n]` fp64.
         spec: kind and rank.
-        old: `u [m, k]` and `v [k, n]`; empty for a layer that stays dense.
+        old: `u [m, k]` and `v [k, n]`; of a layer that stays dense nothing, or `weight [m, n]` if it has lost features.
         fit: moments of the windows to fit to.
         judge: moments of the held-out windows.
         outputs: F `[m, m]`, or None for the identity.
+        teacher: `[m, n₀]` fp64, whose outputs are to be repeated, where W is what is left of it; None: W's own.
 
     Returns:
         `u` and `v`, or the new `weight [m, n]` of a layer that stays dense, fp32 on the device of `dense`; empty
@@ -113,7 +123,8 @@ def refit_layer(
     first = {part: tensor.to(dense.device) for part, tensor in old.items()}
     if not fit.tokens or not judge.tokens:
         return first, Outcome()
-    inputs, target, c, t = fit.inputs(), fit.targets(dense), judge.inputs(), judge.targets(dense)
+    teacher = dense if teacher is None else teacher
+    inputs, target, c, t = fit.inputs(), fit.targets(teacher), judge.inputs(), judge.targets(teacher)
     if not all(torch.isfinite(m).all() for m in (inputs, target, c, t)):
         raise RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")
     f = None if outputs is None else outputs.to(dense.device).double()

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import Factors, factorize_all, factorize_diagonal
 from rankwise.anatomy import block_linears, features, weight_of
@@ -25,11 +25,17 @@ class FactorStore:
 
     Args:
         folder: where the files are, or will be.
-        layers: per block, layer name to (out, in).
+        layers: per block, layer name to (out, in) in the dense model.
+        channels: what is left of the layers that are factored; None: all.
     """
 
-    def __init__(self, folder: Path, layers: list[dict[str, tuple[int, int]]]) -> None:
-        self.folder, self.layers = folder, layers
+    def __init__(
+        self, folder: Path, layers: list[dict[str, tuple[int, int]]], channels: Channels | None = None
+    ) -> None:
+        self.folder, self.channels = folder, channels
+        self.layers = layers if channels is None else channels.shapes
+        self.originals = {name: shape for block in layers for name, shape in block.items()}
+        self.removed = {} if channels is None else channels.losses
         self._block = {name: index for index, block in enumerate(layers) for name in block}
         self._energies: dict[str, np.ndarray] = {}
         self.keep_alive: Any = None  # a temporary folder that must outlive the store
@@ -47,6 +53,14 @@ class FactorStore:
                 with open_tensors(self.file(index)) as file:
                     self._energies.update({name: file.get_tensor(f"{name}.energy").numpy() for name in block})
         return self._energies
+
+    def weight(self, name: str, dense: torch.Tensor) -> torch.Tensor:
+        """What is left of a layer's weight `[m, n]` before it is factored; the weight itself where all is."""
+        return dense if self.channels is None else self.channels.cut(name, dense)
+
+    def rows(self, name: str) -> torch.Tensor | None:
+        """The outputs that a layer keeps; None: all."""
+        return None if self.channels is None else self.channels.rows(name)
 
     def file(self, index: int) -> Path:
         """The file of block `index`."""
@@ -70,6 +84,7 @@ def factorize_model(
     *,
     sides: str,
     device: torch.device,
+    channels: Channels | None = None,
     track: Track = silent,
 ) -> FactorStore:
     """Factor every linear layer, or finish what `folder` holds of it; one block's curvature in memory at a time.
@@ -78,28 +93,32 @@ def factorize_model(
 
     Args:
         sides: the metric, one of `factors.SIDES`.
+        channels: those that are kept; for two-sided factors.
 
     Raises:
         RankwiseError: output-gradient moments are asked for and missing, or a matrix is unusable.
     """
     linears = block_linears(model)
-    store = FactorStore(folder, [{name: features(m) for name, m in block.items()} for block in linears])
+    store = FactorStore(folder, [{name: features(m) for name, m in block.items()} for block in linears], channels)
     if sides == "two" and not curvature.has_outputs:
         raise RankwiseError("curvature", str(curvature.folder), "it has no output-gradient moments; use --sides one")
     if is_main():
-        claim(folder, "factors", {"sides": sides, **curvature.identity})
+        kept = {} if channels is None else {"channels": channels.identity}
+        claim(folder, "factors", {"sides": sides, **curvature.identity, **kept})
     missing = from_main(lambda: [index for index in range(len(linears)) if not store.file(index).exists()])
     mine = {missing[at] for at in own(len(missing))}
     with track("factors", len(linears)) as advance:
         for index, block in enumerate(linears):
             if index in mine:
-                write_tensors(store.file(index), _factorize_block(block, _metric(curvature, index, sides), device), {})
+                weights = {n: store.weight(n, weight_of(linear).to(device)) for n, linear in block.items()}
+                metric = _metric(curvature, index, sides, channels)
+                write_tensors(store.file(index), _factorize_block(weights, metric), {})
             advance()
     barrier()
     return store
 
 
-def _metric(curvature: Curvature, index: int, sides: str) -> Metric:
+def _metric(curvature: Curvature, index: int, sides: str, channels: Channels | None) -> Metric:
     """What factors named weights of one block in the metric `sides`."""
     if sides == "diagonal":
         sizes = curvature.magnitudes(index)
@@ -107,15 +126,16 @@ def _metric(curvature: Curvature, index: int, sides: str) -> Metric:
     inputs, outputs = curvature.metric(index) if sides == "two" else (curvature.inputs(index), {})
 
     def together(weights: dict[str, torch.Tensor]) -> dict[str, Factors]:
-        moments = [inputs[name] for name in weights], [outputs.get(name) for name in weights]
-        return dict(zip(weights, factorize_all(list(weights.values()), *moments), strict=True))
+        pairs = [(inputs[name], outputs.get(name)) for name in weights]
+        if channels is not None:
+            pairs = [channels.restrict(name, *pair) for name, pair in zip(weights, pairs, strict=True)]
+        return dict(zip(weights, factorize_all(list(weights.values()), *zip(*pairs, strict=True)), strict=True))
 
     return together
 
 
-def _factorize_block(block: dict[str, nn.Module], metric: Metric, device: torch.device) -> dict[str, torch.Tensor]:
+def _factorize_block(weights: dict[str, torch.Tensor], metric: Metric) -> dict[str, torch.Tensor]:
     """Factors of one block's layers, in host memory, under their names in the file."""
-    weights = {name: weight_of(linear).to(device) for name, linear in block.items()}
     try:
         found = metric(weights)
     except (RankwiseError, torch.linalg.LinAlgError):

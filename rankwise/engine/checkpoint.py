@@ -29,7 +29,8 @@ DTYPES = {"uint8": "U8", "int8": "I8", "bfloat16": "BF16", "float32": "F32", "in
 
 def config_entry(spec: LayerSpec) -> dict[str, Any]:
     """A compressed layer's entry in config.json; optional fields only where they are set."""
-    optional = {"group": spec.group, "asymmetric": spec.asymmetric}
+    shape = list(spec.dense_shape) if spec.dense_shape else None
+    optional = {"group": spec.group, "asymmetric": spec.asymmetric, "dense_shape": shape}
     return {
         "kind": spec.kind,
         "rank": spec.rank,

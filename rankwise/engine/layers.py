@@ -143,12 +143,14 @@ LAYER_CLASSES: dict[str, type[CompressedLinear]] = {
 
 def tensor_shapes(spec: LayerSpec) -> dict[str, tuple[int, ...]]:
     """Names below the module, and shapes, of the tensors that a layer must have on disk (bias not listed)."""
-    guard: dict[str, tuple[int, ...]] = {"weight": (1,)} if spec.compressed else {}
+    guard: dict[str, tuple[int, ...]] = {"weight": (1,)} if spec.recoded else {}
     return guard | {name: stored.shape for name, stored in spec.tensors.items()}
 
 
-def build_layer(spec: LayerSpec, bias: bool, dtype: torch.dtype, device: torch.device | str) -> CompressedLinear:
-    """An empty layer, to be filled by a loader.
+def build_layer(
+    spec: LayerSpec, bias: bool, dtype: torch.dtype, device: torch.device | str
+) -> CompressedLinear | nn.Linear:
+    """An empty layer, to be filled by a loader; an `nn.Linear` if it is dense in 16 or 32 bits.
 
     Args:
         spec: of a compressed layer.
@@ -156,5 +158,7 @@ def build_layer(spec: LayerSpec, bias: bool, dtype: torch.dtype, device: torch.d
         dtype: of bias, guard, and of the matrices unless they are stored in 4 or 8 bits.
         device: where it is made.
     """
-    assert spec.compressed, "a dense layer in 16 or 32 bits is an nn.Linear"
+    if not spec.recoded:
+        linear = nn.Linear(spec.in_features, spec.out_features, bias=bias, dtype=dtype, device=device)
+        return linear.requires_grad_(False)
     return LAYER_CLASSES[spec.kind](spec, bias, dtype, device)

@@ -10,8 +10,22 @@ from rankwise.storage import Precision
 MENU = (Precision("bf16"), Precision("nf4"), *(Precision("int4", group) for group in (32, 64, 128)))
 
 
+class Whole:
+    """Of a model whose layers keep all their channels."""
+
+    shapes: dict[str, tuple[int, int]]
+
+    @property
+    def originals(self) -> dict[str, tuple[int, int]]:
+        return self.shapes
+
+    @property
+    def removed(self) -> dict[str, float]:
+        return {}
+
+
 @dataclass
-class Drawn:
+class Drawn(Whole):
     """Spectra of a deeper model, drawn at random."""
 
     shapes: dict[str, tuple[int, int]]

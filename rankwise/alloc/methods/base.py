@@ -25,6 +25,16 @@ class Scores(Protocol):
         ...
 
     @property
+    def originals(self) -> dict[str, tuple[int, int]]:
+        """The same of the dense model, where some layers have lost channels."""
+        ...
+
+    @property
+    def removed(self) -> dict[str, float]:
+        """Layer that has lost columns to the predicted loss of that, nats a token."""
+        ...
+
+    @property
     def energies(self) -> dict[str, np.ndarray]:
         """Layer name to the `[r]` squared singular values in the metric."""
         ...
@@ -79,17 +89,27 @@ class Method:
         """True if several processes share out what it learns."""
         return False
 
+    @property
+    def width_multiple(self) -> int:
+        """What the widths of MLPs are multiples of, where channels may be taken out of them; 0: they keep all."""
+        return 0
+
     def options(self) -> dict[str, Any]:
         """The method and its options as JSON-ready data, for provenance."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {"method": self.name, **plain}
 
-    def check_budget(self, shapes: dict[str, tuple[int, int]]) -> None:
-        """Raise a RankwiseError if the budget is out of reach whatever the spectra, before they are measured."""
+    def check_budget(self, shapes: dict[str, tuple[int, int]], total: int | None = None) -> None:
+        """Raise a RankwiseError if the budget is out of reach whatever the spectra, before they are measured.
+
+        Args:
+            shapes: layer name to (out, in).
+            total: parameters that the ratio refers to; those of the shapes by default.
+        """
         self.check_keep(shapes)
-        choices = self._choices(shapes, {name: np.zeros(min(shape)) for name, shape in shapes.items()})
-        total = sum(m * n for m, n in shapes.values())
+        choices = self.choices(shapes, {name: np.zeros(min(shape)) for name, shape in shapes.items()})
+        total = sum(m * n for m, n in shapes.values()) if total is None else total
         require_choices(choices, self.rank_multiple)
         require_reachable(choices, self.ratio * total, total)
 
@@ -117,9 +137,9 @@ class Method:
         Raises:
             RankwiseError: the budget cannot be met.
         """
-        self.check_budget(scores.shapes)
-        choices = self._choices(scores.shapes, scores.energies)
-        total = sum(m * n for m, n in scores.shapes.values())
+        total = parameters(scores)
+        self.check_budget(scores.shapes, total)
+        choices = self.choices(scores.shapes, scores.energies)
         if self.learns:
             if calibration is None:
                 raise RankwiseError("method", self.name, "it learns from the model, and needs a calibration")
@@ -137,13 +157,13 @@ class Method:
         """
         from rankwise.alloc.methods.lagrange import Global
 
-        total = sum(m * n for m, n in scores.shapes.values())
+        total = parameters(scores)
         require_reachable(learnt, self.ratio * total, total)
         return self._plan(learnt, Global()._pick(learnt, scores, self.ratio * total), scores, weights)
 
     def _plan(self, choices: dict[str, Choices], picked: dict[str, int], scores: Scores, weights: str) -> RankPlan:
         """The plan of a selection, made exact where the method is."""
-        total = sum(m * n for m, n in scores.shapes.values())
+        total = parameters(scores)
         if self.exact:
             picked = tighten(choices, picked, self.ratio * total, self.tolerance)
             require_exact(choices, picked, self.ratio * total, total, self.tolerance)
@@ -183,15 +203,18 @@ class Method:
         total, lost = float(energy.sum()), 0.0 if kind == "dense" else float(dropped.sum())
         known = np.isfinite(total) and total > 0
         kept = 1.0 - lost / total if known else None
-        loss = lost / 2 if known and self.two_sided else None
-        return LayerSpec(kind, m, n, rank, weights, energy=kept, loss=loss, indices=indices)
+        loss = lost / 2 + scores.removed.get(name, 0.0) if known and self.two_sided else None
+        dense = scores.originals[name]
+        was = None if dense == (m, n) else dense
+        return LayerSpec(kind, m, n, rank, weights, energy=kept, loss=loss, indices=indices, dense_shape=was)
 
     def restate(self, plan: RankPlan, scores: Scores, weights: str) -> RankPlan:
         """A plan made elsewhere, its energies and losses filled in from these factors; what is in 4 bits stays so."""
         found = {name: self.spec(name, s.kind, s.rank, scores, weights, s.indices) for name, s in plan}
         return RankPlan({n: found[n].stored_as(s.precision) if s.quantised else found[n] for n, s in plan})
 
-    def _choices(self, shapes: dict[str, tuple[int, int]], energies: dict[str, np.ndarray]) -> dict[str, Choices]:
+    def choices(self, shapes: dict[str, tuple[int, int]], energies: dict[str, np.ndarray]) -> dict[str, Choices]:
+        """Everything that layers may become, by their shapes (out, in) and the energies `[r]` of their factors."""
         return {
             name: layer_choices(m, n, self._worth(energies[name]), self._kinds(name), self.rank_multiple)
             for name, (m, n) in shapes.items()
@@ -213,3 +236,8 @@ class Method:
     def _pick(self, choices: dict[str, Choices], scores: Scores, target: float) -> dict[str, int]:
         """Layer to the index of its choice; total cost at most `target`."""
         raise NotImplementedError
+
+
+def parameters(scores: Scores) -> int:
+    """Of the dense model's linear layers."""
+    return sum(m * n for m, n in scores.originals.values())

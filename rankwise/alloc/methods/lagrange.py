@@ -7,6 +7,7 @@ import numpy as np
 
 from rankwise.alloc.budget import Choices, cost_of, fill
 from rankwise.alloc.methods.base import Method, Scores
+from rankwise.config import check_count
 
 STEPS = 200  # halvings of the multiplier's range; far beyond what fp64 can tell apart
 
@@ -17,11 +18,26 @@ class Global(Method):
 
     Each λ gives a point of the lower convex hull of (cost, loss); the budget left below the hull is filled with
     the best steps that fit. Closed form, no training.
+
+    Args:
+        channel_multiple: MLPs may lose channels (`alloc.widths`); their widths are multiples of it. 0, or one-sided
+            factors: they keep all.
     """
+
+    channel_multiple: int = 0
 
     name: ClassVar[str] = "global"
     default_sides: ClassVar[str] = "two"
     spends_bytes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("channel_multiple", self.channel_multiple, 0)
+
+    @property
+    def width_multiple(self) -> int:
+        """As the option says; one-sided losses of different layers cannot be compared."""
+        return self.channel_multiple if self.two_sided else 0
 
     def _pick(self, choices: dict[str, Choices], scores: Scores, target: float) -> dict[str, int]:
         low, high = -80.0, 80.0  # log λ: all that may be dense, all as small as may be

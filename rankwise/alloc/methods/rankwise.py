@@ -8,7 +8,9 @@ from rankwise.alloc.methods.lagrange import Global
 
 @dataclass(frozen=True)
 class Rankwise(Global):
-    """The plan of `global`, and factors that are refitted to it (`alloc.refit`)."""
+    """The plan of `global`, channels of MLPs included, and factors that are refitted to it (`alloc.refit`)."""
+
+    channel_multiple: int = 64
 
     name: ClassVar[str] = "rankwise"
     refits: ClassVar[bool] = True

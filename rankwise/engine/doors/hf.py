@@ -84,7 +84,7 @@ def replace_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
         parent, leaf, old = _find(model, name, base)
         if not isinstance(old, nn.Linear | Conv1D):
             raise RankwiseError(name, type(old).__name__, "the plan may name linear layers only")
-        found, expected = features(old), (spec.out_features, spec.in_features)
+        found, expected = features(old), spec.original_shape
         if found != expected:
             raise RankwiseError(name, f"[out, in] = {list(found)} in the model", f"the plan says {list(expected)}")
         dtype, bias = old.weight.dtype, old.bias is not None

@@ -28,8 +28,8 @@ def noise() -> torch.Generator:
 def task_of(method: Ara, seed: int = 0) -> Task:
     random = np.random.default_rng(seed)
     energies = {name: np.sort(random.exponential(size=min(shape)))[::-1] ** 2 for name, shape in SHAPES.items()}
-    scores: Any = SimpleNamespace(shapes=SHAPES, energies=energies)
-    return method._task(method._choices(SHAPES, energies), scores, 0)
+    scores: Any = SimpleNamespace(shapes=SHAPES, originals=SHAPES, removed={}, energies=energies)
+    return method._task(method.choices(SHAPES, energies), scores, 0)
 
 
 def step_of(task: Task, bank: Bank) -> Step:
@@ -187,7 +187,7 @@ def test_weighted_rescaling_takes_where_it_costs_least() -> None:
         task = task_of(method)
         steep, flat = np.exp(-np.arange(32) / 2.0), np.linspace(1.0, 0.9, 32)
         task.scores.energies.update({"a": flat, "b": steep})
-        task = method._task(method._choices(SHAPES, task.scores.energies), task.scores, 0)
+        task = method._task(method.choices(SHAPES, task.scores.energies), task.scores, 0)
         bank = method._bank(task)
         set_shares(bank, task, dict.fromkeys(SHAPES, 0.6))
         choices, picked = method._settle(task, bank)

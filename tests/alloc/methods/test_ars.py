@@ -21,8 +21,8 @@ SHAPES = {"a": (24, 16), "b": (16, 16)}
 def test_the_loss_by_hand() -> None:
     method = Ars(0.5, rank_multiple=1, weight=16.0, alignment=2.0)
     energies = {"a": np.linspace(9, 1, 16), "b": np.full(16, np.inf)}
-    scores: Any = SimpleNamespace(shapes=SHAPES, energies=energies)
-    task = method._task(method._choices(SHAPES, energies), scores, 4)
+    scores: Any = SimpleNamespace(shapes=SHAPES, originals=SHAPES, removed={}, energies=energies)
+    task = method._task(method.choices(SHAPES, energies), scores, 4)
     net = method._bank(task)
     assert isinstance(net, HyperNet)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_the_loss_by_hand() -> None:
 def test_masks_skip_components_in_training_and_never_in_the_plan() -> None:
     method = Ars(0.5)
     energies = {name: np.ones(min(shape)) for name, shape in SHAPES.items()}
-    entry = method._choices(SHAPES, energies)["a"]
+    entry = method.choices(SHAPES, energies)["a"]
     assert method._kept(entry, 0) is None
     net = HyperNet({"a": 40}, 0)
     with torch.no_grad():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import Whole
 
 from rankwise.alloc.methods import METHODS, Global, Method, Uniform, method_by_name
 from rankwise.errors import RankwiseError
@@ -19,7 +20,7 @@ CLOSED_FORM_CLASSES = [pytest.param(method, id=method.name) for method in CLOSED
 
 
 @dataclass
-class Spectra:
+class Spectra(Whole):
     """Shapes and energies, as a store of factors has them."""
 
     shapes: dict[str, tuple[int, int]]

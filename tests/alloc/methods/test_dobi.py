@@ -22,7 +22,7 @@ SHAPES = {"a": (24, 16), "b": (16, 16)}
 def setting(method: Dobi) -> tuple[Task, Bank]:
     energies = {name: np.ones(min(shape)) for name, shape in SHAPES.items()}
     scores: Any = SimpleNamespace(shapes=SHAPES, energies=energies)
-    task = method._task(method._choices(SHAPES, energies), scores, 0)
+    task = method._task(method.choices(SHAPES, energies), scores, 0)
     return task, method._bank(task)
 
 

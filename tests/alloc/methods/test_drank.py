@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from spectra import Whole
 
 from rankwise.alloc.methods import DRank
 from rankwise.alloc.methods.drank import effective_rank, rebalance
@@ -24,7 +25,7 @@ SHAPES = {
 
 
 @dataclass
-class Spectra:
+class Spectra(Whole):
     """Shapes and energies, as a store of factors has them."""
 
     shapes: dict[str, tuple[int, int]]

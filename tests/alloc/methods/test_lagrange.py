@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import Whole
 
 from rankwise.alloc.methods import Global, Uniform
 from rankwise.errors import RankwiseError
@@ -16,7 +17,7 @@ LOOSE = 1.0  # any miss will do: what is tested is the selection, not the last b
 
 
 @dataclass
-class Spectra:
+class Spectra(Whole):
     """Shapes and energies, as a store of factors has them."""
 
     shapes: dict[str, tuple[int, int]]

@@ -30,8 +30,8 @@ def noise(seed: int = 0) -> torch.Generator:
 
 def task_of(method: Llrc) -> Task:
     energies = {name: np.linspace(2, 1, min(shape)) for name, shape in SHAPES.items()}
-    scores: Any = SimpleNamespace(shapes=SHAPES, energies=energies)
-    return method._task(method._choices(SHAPES, energies), scores, 0)
+    scores: Any = SimpleNamespace(shapes=SHAPES, originals=SHAPES, removed={}, energies=energies)
+    return method._task(method.choices(SHAPES, energies), scores, 0)
 
 
 def scattered(method: Llrc, task: Task, seed: int = 0) -> tuple[Bank, dict[str, np.ndarray]]:

@@ -145,7 +145,7 @@ def test_the_plan_is_that_of_exhaustive_search(
     calibration = calibrate(tiny(family), tmp_path)
     method = Strs(0.7, kinds, 1, LOOSE, grid=GRID, samples=2)
     plan = allocate(method, calibration)
-    choices = method._choices(calibration.factors.shapes, calibration.factors.energies)
+    choices = method.choices(calibration.factors.shapes, calibration.factors.energies)
     steps = []
     for name, entry in choices.items():
         affordable = [max(i for i, c in enumerate(entry.cost) if c <= ratio * entry.dense_cost) for ratio in GRID]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import Whole
 
 from rankwise.alloc.methods import SvdLlm, SvdLlmV2, Uniform
 from rankwise.errors import RankwiseError
@@ -23,7 +24,7 @@ LOOSE = 0.2
 
 
 @dataclass
-class Spectra:
+class Spectra(Whole):
     """Shapes and energies, as a store of factors has them."""
 
     shapes: dict[str, tuple[int, int]]
@@ -57,7 +58,7 @@ def kept_by_hand(scores: Spectra, ratio: float, tokens: int) -> dict[str, float]
 
 
 def kept(method: SvdLlmV2, scores: Spectra) -> dict[str, float]:
-    return method.kept(method._choices(scores.shapes, scores.energies), scores)
+    return method.kept(method.choices(scores.shapes, scores.energies), scores)
 
 
 def ranks(plan: RankPlan) -> list[tuple[str, int]]:

@@ -37,9 +37,8 @@ def scores(shapes: list[tuple[int, int]], seed: int = 0) -> Any:
     random = np.random.default_rng(seed)
     names = [f"layer{i}" for i in range(len(shapes))]
     energies = [np.sort(random.exponential(10 ** random.uniform(-2, 2), min(s)))[::-1] for s in shapes]
-    return SimpleNamespace(
-        shapes=dict(zip(names, shapes, strict=True)), energies=dict(zip(names, energies, strict=True))
-    )
+    known = dict(zip(names, shapes, strict=True))
+    return SimpleNamespace(shapes=known, originals=known, removed={}, energies=dict(zip(names, energies, strict=True)))
 
 
 CALIBRATION: Any = SimpleNamespace(seed=0, curvature=SimpleNamespace(identity={}))

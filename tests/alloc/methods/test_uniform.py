@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import Whole
 
 from rankwise.alloc.budget import layer_choices
 from rankwise.alloc.methods import Uniform
@@ -17,7 +18,7 @@ LOOSE = 0.2  # no fine tuning at the end: what each layer's own share gives
 
 
 @dataclass
-class Spectra:
+class Spectra(Whole):
     """Shapes and energies, as a store of factors has them."""
 
     shapes: dict[str, tuple[int, int]]

@@ -94,6 +94,10 @@ def require_split(folder: Path, ranks: int) -> None:
     rowwise = [pattern for pattern, how in split.items() if how == "rowwise"]
     for name, spec in plan.compressed.items() if ranks > 1 else ():
         if any(fnmatch(name, f"*{pattern}") for pattern in rowwise):
+            if spec.in_features % ranks:
+                raise RankwiseError(
+                    "tensor_parallel_size", ranks, f"it must divide the {spec.in_features} inputs of {name}"
+                )
             share(name, spec, Cut(((0, spec.out_features),), (0, spec.in_features // ranks)), ranks)
 
 

@@ -58,14 +58,14 @@ class Layout:
 
     def cut(self, part: int) -> Cut:
         """What this rank has of one of the checkpoint's layers."""
-        rank = self.layer.tp_rank if self.by_inputs else 0
+        rank, inputs = self.layer.tp_rank if self.by_inputs else 0, self._left(part, 1, self.inputs)
         rows, below = [], 0
         for section in self._sections(part):
             count, mine = self._split(section)
-            size = self.outputs[section]
+            size = self._left(part, 0, self.outputs[section])
             rows.append((below + mine * size, below + (mine + 1) * size))
             below += count * size
-        return Cut(tuple(rows), (rank * self.inputs, (rank + 1) * self.inputs))
+        return Cut(tuple(rows), (rank * inputs, (rank + 1) * inputs))
 
     def part(self, shard: Any) -> int:
         """Which of the checkpoint's layers a tensor belongs to, by what vLLM's loader calls its place."""
@@ -80,6 +80,15 @@ class Layout:
     def ranks(self) -> int:
         """Among which the inputs are split."""
         return self.layer.tp_size if self.by_inputs else 1
+
+    def _left(self, part: int, axis: int, size: int) -> int:
+        """What is left of a rank's outputs (axis 0) or inputs (1) where the layer has lost channels."""
+        spec = self.specs[part]
+        whole, now = spec.original_shape[axis], (spec.out_features, spec.in_features)[axis]
+        if size * now % whole:
+            what = f"{whole // size} ranks, {now} channels"
+            raise RankwiseError(self.names[part], what, "the ranks' number must divide a layer's channels")
+        return size * now // whole
 
     def _split(self, section: int) -> tuple[int, int]:
         """Among how many a section's outputs are split, and which is ours; few key heads go to several ranks each."""
@@ -107,7 +116,7 @@ class Layout:
             if spec is None or (below and below not in ends):
                 raise RankwiseError(name, f"a part of {self.layer.prefix}", "this fused layer is not supported")
             starts.append(ends.index(below) + 1 if below else 0)
-            below += spec.out_features
+            below += spec.original_shape[0]
         return starts
 
     def _dense(self, part: int) -> LayerSpec:
@@ -117,7 +126,7 @@ class Layout:
 
     def _check(self, part: int, spec: LayerSpec) -> None:
         found = sum(self._size(section) for section in self._sections(part)), self.inputs * self.ranks
-        wanted = spec.out_features, spec.in_features
+        wanted = spec.original_shape
         if found != wanted:
             what = f"[out, in] = {list(found)} in vLLM's model"
             raise RankwiseError(self.names[part], what, f"config.json says {list(wanted)}")

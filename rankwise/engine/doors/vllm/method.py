@@ -52,12 +52,10 @@ class RankwiseLinearMethod(LinearMethodBase):
         config = get_current_vllm_config()
         layout = Layout(layer, self.names, self.specs, input_size_per_partition, output_partition_sizes)
         device = torch.empty(0).device
-        self.outputs, self.dummy = sum(output_partition_sizes), config.load_config.load_format == "dummy"
-        parts = zip(self.names, layout.specs, strict=True)
-        self.parts = [
-            Part(name, spec, layout.cut(number), layout.ranks, params_dtype, device)
-            for number, (name, spec) in enumerate(parts)
-        ]
+        cuts = [layout.cut(number) for number in range(len(self.names))]
+        self.outputs, self.dummy = sum(cut.outputs for cut in cuts), config.load_config.load_format == "dummy"
+        parts = zip(self.names, layout.specs, cuts, strict=True)
+        self.parts = [Part(name, spec, cut, layout.ranks, params_dtype, device) for name, spec, cut in parts]
         self.key = f"rankwise:{layer.prefix}"  # compiled code finds the layer by it
         config.compilation_config.static_forward_context[self.key] = self
         if layout.ranks > 1 and layer.reduce_results and config.lora_config is None:

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from rankwise.engine.doors.vllm.shares import Cut, share, take, take_pivots
-from rankwise.engine.layers import CompressedLinear, build_layer, tensor_shapes
+from rankwise.engine.layers import build_layer, tensor_shapes
 from rankwise.errors import RankwiseError
 from rankwise.layerspec import LayerSpec
 
@@ -32,12 +31,7 @@ class Part:
         self, name: str, spec: LayerSpec, cut: Cut, ranks: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.name, self.spec, self.cut = name, spec, cut
-        self.module: nn.Linear | CompressedLinear
-        if spec.compressed:
-            self.module = build_layer(share(name, spec, cut, ranks), False, dtype, device)
-        else:
-            self.module = nn.Linear(cut.inputs, cut.outputs, bias=False, dtype=dtype, device=device)
-            self.module.weight.requires_grad_(False)
+        self.module = build_layer(share(name, spec, cut, ranks), False, dtype, device)
         self.shapes = tensor_shapes(spec)
         self.arrived: set[str] = set()
         self.chosen: torch.Tensor | None = None
@@ -55,7 +49,7 @@ class Part:
         """
         self._check(name, tensor)
         self.arrived.add(name)
-        if name == GUARD and self.spec.compressed:
+        if name == GUARD and self.spec.recoded:
             return
         if name == "pivot_index":
             places, self.chosen = take_pivots(tensor, self.spec.rank, self.cut)
