@@ -54,7 +54,7 @@ class Case:
         calibration: domain of the curvature.
         samples: windows for the input moments.
         gradient_samples: windows for the output gradients.
-        learn: domains that masks are trained on, in turn.
+        learn: domains that masks are trained on, in turn; a refit is fitted to them, too.
         seed: of everything drawn at random.
         tests: domains to test on.
     """
@@ -203,8 +203,10 @@ def calibrate(case: Case, model: Any, tokenizer: Any, options: argparse.Namespac
     for domain in case.learn:
         found = train_windows(domain, options, tokenizer)
         parts.append(found[case.learns_from :] if domain == case.calibration else found)
-    count = min(options.learn_samples // len(parts), *(len(part) for part in parts))
-    learn = torch.stack([part[:count] for part in parts], dim=1).flatten(0, 1)  # the domains in turn
+    learn = train[:0]
+    if parts:
+        count = min(options.learn_samples // len(parts), *(len(part) for part in parts))
+        learn = torch.stack([part[:count] for part in parts], dim=1).flatten(0, 1)  # the domains in turn
     shared = f"{case.method}-{sides}-{case.calibration}-{case.samples}-{case.gradient_samples}"
     folder = options.work / "learning" / (shared if case.method in SHARED_PROBES else case.key)
     return Calibration(model, store, curvature, learn, folder, CPU, case.seed, on_terminal), spent

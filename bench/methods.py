@@ -2,8 +2,9 @@
 
     python -m bench.methods --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt --c4 c4.jsonl
 
-Curvature comes from the first windows of the train text. Methods that learn see the train text's next windows and C4
-documents, in turn; C4 is tested on documents that nothing else saw. Interrupted, the same command goes on with the
+Curvature comes from the first windows of the train text; for `rankwise` and what it is made of, from the train text and
+C4 in turn. Methods that learn see the train text's next windows and C4 documents, in turn; C4 is tested on documents
+that nothing else saw. Interrupted, the same command goes on with the
 first row that is missing; `--only NAME` measures some rows. Rows go to bench/results/cpu/methods.jsonl.
 """
 
@@ -15,10 +16,15 @@ RATIOS = (0.8, 0.6, 0.9)
 HEAL = 160  # every window that methods learn from, once
 PLAIN, PIVOT = ["dense", "lowrank"], ["dense", "lowrank", "pivot"]
 
+BOTH: dict[str, Any] = {"calibration": "wikitext2+c4", "samples": 128, "gradient_samples": 48, "learn": ()}
+
 ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform (SVD-LLM)": ("svd-llm", {}),
     "global": ("global", {}),
     "global, no pivot": ("global", {"kinds": PLAIN}),
+    "rankwise, one text, all channels": ("rankwise", {"channel_multiple": 0}),
+    "global, two texts": ("global", {}),
+    "global, two texts, channels": ("global", {"channel_multiple": 64}),
     "rankwise": ("rankwise", {}),
     "SVD-LLM v2": ("svd-llm-v2", {}),
     "D-Rank": ("d-rank", {}),
@@ -39,7 +45,8 @@ def cases() -> list[Case]:
     rows = [Case("dense", "", 1.0)]
     for ratio in RATIOS:
         for name, (method, settings) in ENTRIES.items():
-            rows.append(Case(name, method, ratio, settings, refit=name == "rankwise"))
+            more = BOTH if name == "rankwise" or "two texts" in name else {}
+            rows.append(Case(name, method, ratio, settings, refit=method == "rankwise", **more))
         rows.append(Case(f"rankwise, healed {HEAL} steps", "rankwise", ratio, refit=True, heal=HEAL))
     return rows
 

@@ -10,6 +10,7 @@ import torch
 from rankwise.text import SEPARATOR, read_text, take_windows, token_windows
 
 DOMAINS = ("wikitext2", "c4", "code")
+BOTH = "wikitext2+c4"  # to calibrate on: a window of each, in turn
 C4_LEARN = 2 / 3  # of the documents; the others are for tests
 CODE_FOLDERS = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml", ".")
 CODE_TEST = 4  # every so-manieth module is for tests
@@ -28,6 +29,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 def train_windows(domain: str, options: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
     """All windows `[N, T]` of a domain that may be calibrated on or learnt from."""
+    if domain == BOTH:
+        parts = [train_windows(part, options, tokenizer) for part in BOTH.split("+")]
+        return torch.stack([part[: min(map(len, parts))] for part in parts], dim=1).flatten(0, 1)
     return token_windows(_train(domain, options), tokenizer, options.seq_len)
 
 

@@ -153,7 +153,9 @@ def plan_row(name: str, plan: RankPlan) -> dict[str, Any]:
     spec = plan.layers[name]
     keys = ("kind", "rank", "weights", "ratio", "energy", "loss", "parameters", "bytes")
     shape = f"{spec.out_features} × {spec.in_features}"
-    more = {"group": spec.group, "asymmetric": spec.asymmetric} if spec.group else {}
+    more: dict[str, Any] = {"group": spec.group, "asymmetric": spec.asymmetric} if spec.group else {}
+    if spec.dense_shape:
+        more["dense_shape"], shape = list(spec.dense_shape), f"{shape} (of {' × '.join(map(str, spec.dense_shape))})"
     return {"name": name, "shape": shape, **{key: getattr(spec, key) for key in keys}, **more}
 
 

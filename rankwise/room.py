@@ -27,13 +27,16 @@ def require_room_for(
     """Work folder and result, estimated from above before hours are spent; what an earlier run left counts."""
     if config.out.exists():
         return
-    weights = [weight_of(m) for block in block_linears(model) for m in block.values()]
+    blocks = [[weight_of(m) for m in block.values()] for block in block_linears(model)]
+    weights = [w for block in blocks for w in block]
     outputs = config.method.two_sided or config.refits
     moments = sum(4 * (w.shape[1] ** 2 + (w.shape[0] ** 2 + w.shape[1] ** 2 if outputs else 0)) for w in weights)
     factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
     measures, factored = needs_curvature(config, given) and not config.scores, needs_factors(config, given)
     needed = tensor_bytes(model) + (moments if measures else 0) + (factors if measures and factored else 0)
     needed += factors if factored and config.refits else 0
+    if factored and config.method.width_multiple:  # what a layer becomes that reads fewer channels
+        needed += sum(4 * max(w.numel() for w in block) for block in blocks)
     rounds = config.feeds_back and (config.budget or (given.quantised if given else config.precision))
     needed += moments if measures and rounds else 0  # held-out ones
     needed += tensor_bytes(model) // 2 if measures else 0  # rounded layers, at most

@@ -49,6 +49,8 @@ MIXTURES: dict[str, list[tuple[str, Precision]]] = {
         *[(kind, how) for how in (NF4, INT8, INT4, *OTHERS) for kind in ("pivot", "dense", "lowrank")],
     ],
 }
+NARROW = "narrow"  # without some channels, on top of the mixture of that name
+MIXTURES[NARROW] = [("dense", PLAIN), ("lowrank", PLAIN), ("pivot", PLAIN), ("dense", INT4), ("lowrank", NF4)]
 LENGTHS = (1, 7, 20, 47)
 RANKS = (40, 72, 24, 100)  # of layers that are not in 4 bits: no two of a fused layer alike
 
@@ -70,7 +72,10 @@ def compressed(family: str, mixture: str, folder: Path, tokenizer: Any = None) -
     """A checkpoint whose layers take a mixture's kinds in turn."""
     model, kinds = model_of(family), MIXTURES[mixture]
     windows = torch.randint(2, VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(3))
-    plan = rankwise.allocate(model, windows, rankwise.Global(ratio=0.5, rank_multiple=1))
+    ratio, channels = (0.4, 128) if mixture == NARROW else (0.5, 0)
+    method = rankwise.Global(ratio=ratio, rank_multiple=1, channel_multiple=channels)
+    plan = rankwise.allocate(model, windows, method)
+    assert any(spec.dense_shape for _, spec in plan) == (mixture == NARROW)
     for number, (name, spec) in enumerate(list(plan)):
         m, n, (kind, precision) = spec.out_features, spec.in_features, kinds[number % len(kinds)]
         if precision.block >= min(m, n):
@@ -78,7 +83,7 @@ def compressed(family: str, mixture: str, folder: Path, tokenizer: Any = None) -
         rank = {"dense": min(m, n)}.get(kind, 2 * precision.block if precision.block == 32 else precision.block)
         if precision.block == 1 and kind != "dense":
             rank = min(RANKS[number % 4], m * n // (m + n))
-        plan.layers[name] = LayerSpec(kind, m, n, rank, "fp32").stored_as(precision)
+        plan.layers[name] = LayerSpec(kind, m, n, rank, "fp32", dense_shape=spec.dense_shape).stored_as(precision)
     return rankwise.save(rankwise.compress(model, plan), tokenizer, plan, folder)
 
 

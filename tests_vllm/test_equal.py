@@ -65,7 +65,8 @@ def test_real_weights(eager: bool, smollm: Path, said: Callable[..., Any]) -> No
 
 
 MIXED = [(family, "mixed", True) for family in (*FAMILIES, "phi3")]
-CASES = [("llama", "lowrank", True), *MIXED, *[(family, "mixed", False) for family in FAMILIES]]
+SOME = [("llama", mixture, True) for mixture in ("lowrank", "narrow")]
+CASES = [*SOME, *MIXED, *[(family, "mixed", False) for family in FAMILIES]]
 
 
 @pytest.mark.parametrize(("family", "mixture", "eager"), CASES)

@@ -59,6 +59,19 @@ def test_inputs_are_split_where_outputs_are_not() -> None:
     assert (found.cut(0).rows, found.cut(0).columns, found.ranks) == (((0, 96),), (0, 64), 1)
 
 
+def test_a_rank_has_its_share_of_the_channels_that_are_left() -> None:
+    gate = LayerSpec("dense", 48, 64, 48, "fp32", dense_shape=(96, 64))
+    found = Layout(layer(MergedColumnParallelLinear, 1, 2), "ab", [gate, None], 64, [48, 48])
+    assert [found.cut(part).rows for part in (0, 1)] == [((24, 48),), ((48, 96),)]
+    down = LayerSpec("lowrank", 64, 48, 8, "fp32", dense_shape=(64, 96))
+    found = Layout(layer(RowParallelLinear, 1, 2), ["d"], [down], 48, [64])
+    assert (found.cut(0).rows, found.cut(0).columns) == (((0, 64),), (24, 48))
+    odd = LayerSpec("lowrank", 64, 47, 8, "fp32", dense_shape=(64, 96))
+    found = Layout(layer(RowParallelLinear, 1, 2), ["d"], [odd], 48, [64])
+    with pytest.raises(RankwiseError, match="d: 2 ranks, 47 channels; the ranks' number must divide"):
+        found.cut(0)
+
+
 class Unheard(ColumnParallelLinear):
     """A class that may be split in its own way."""
 

@@ -104,7 +104,7 @@ def factorize_all(
 
 
 def damped(matrix: torch.Tensor, what: str = "second moments", damping: float = DAMPING) -> torch.Tensor:
-    """A metric `[n, n]` in fp64, symmetric and positive definite: see `DAMPING`.
+    """A metric `[n, n]` in fp64, symmetric and positive definite up to rounding: see `DAMPING`.
 
     Raises:
         RankwiseError: NaN, Inf or a truly indefinite matrix; `what` names it.
@@ -117,6 +117,15 @@ def damped(matrix: torch.Tensor, what: str = "second moments", damping: float = 
     if mean < 0 or (mean == 0 and m.any()):
         raise RankwiseError(what, f"indefinite (mean of the diagonal {mean:.1e})", REMEASURE)
     m.diagonal().add_(damping * mean if mean > 0 else 1.0)  # never seen at all: the plain metric
+    return m
+
+
+def definite(matrix: torch.Tensor) -> torch.Tensor:
+    """`damped`, and positive definite also where sums in fp32 have left negative directions."""
+    m = damped(matrix)
+    if int(torch.linalg.cholesky_ex(m).info):
+        values, vectors = torch.linalg.eigh(m)
+        m = (vectors * values.clamp_min(DAMPING * float(m.diagonal().mean()))) @ vectors.mT
     return m
 
 

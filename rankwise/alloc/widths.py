@@ -17,7 +17,7 @@ from torch import nn
 from rankwise.alloc.budget import Choices
 from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature
-from rankwise.alloc.factors import damped, spectrum
+from rankwise.alloc.factors import definite, spectrum
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.mlps import Mlp, find_mlp
 from rankwise.alloc.removal import removal_order, without
@@ -149,7 +149,7 @@ def _measure(
     """Order and losses of a block's channels, and the spectra `NAME.LOST` of its layers."""
     c, f = curvature.metric(index)
     weights = {name: weight_of(linear).detach().to(device) for name, linear in block.items()}
-    metric = {name: (damped(c[name].to(device)), damped(f[name].to(device))) for name in block}
+    metric = {name: (definite(c[name].to(device)), definite(f[name].to(device))) for name in block}
     known = {name: bool(c[name].any() and f[name].any()) for name in block}
     found = {f"{n}.0": _spectrum(w, *metric[n], known[n]) for n, w in weights.items()}
     if mlp is None or len(counts) == 1 or not all(known[name] for name in (*mlp.writers, mlp.reader)):
@@ -234,5 +234,5 @@ def _carry_out(
         order = file.get_tensor("order")
     weight = weight_of(block[mlp.reader]).detach()
     kept = _kept(order, option.lost, weight.shape[1])
-    new = without(weight, damped(curvature.metric_inputs(index)[mlp.reader]), kept)
+    new = without(weight, definite(curvature.metric_inputs(index)[mlp.reader]), kept)
     channels.write(index, mlp, kept, new, option.loss / 2)

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rankwise.alloc.factors import ALPHA, DAMPING, FLOOR, Factors, factorize, factorize_diagonal, pivot_form
+from rankwise.alloc.factors import (
+    ALPHA,
+    DAMPING,
+    FLOOR,
+    Factors,
+    damped,
+    definite,
+    factorize,
+    factorize_diagonal,
+    pivot_form,
+    spectrum,
+)
 from rankwise.errors import RankwiseError
 from rankwise.kernels import pivot_linear
 
@@ -493,3 +504,21 @@ def test_pivot_form_of_anything(m: int, n: int, seed: int, data: st.DataObject) 
     assert sorted(index.tolist()) == list(range(m))
     assert relative_error(dense(index, basis, coeff), u @ v) < 1e-5
     assert float(np.abs(coeff.numpy()).max()) < 50
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_the_spectrum_alone_is_that_of_the_factors(m: int, n: int) -> None:
+    w, c, f = draw(m, n), moments(n), moments(m, seed=2)
+    found = spectrum(w, definite(c), definite(f))
+    torch.testing.assert_close(found, factorize(w, c, f).energy, rtol=1e-8, atol=1e-12)
+
+
+def test_directions_that_rounding_made_negative_count_a_little() -> None:
+    q = torch.linalg.qr(draw(12, 12)).Q
+    values = torch.logspace(0, -3, 12, dtype=torch.float64)
+    values[-1] = -1e-5
+    matrix = (q * values) @ q.T
+    found = torch.linalg.eigvalsh(definite(matrix))
+    assert float(found[0]) > 0
+    torch.testing.assert_close(found.flip(0)[:-1], values[:-1], rtol=1e-3, atol=1e-9)
+    assert torch.equal(definite(moments(6)), damped(moments(6)))

@@ -14,7 +14,7 @@ import rankwise
 from rankwise.alloc import widths as module
 from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature, collect
-from rankwise.alloc.factors import damped
+from rankwise.alloc.factors import definite
 from rankwise.alloc.removal import without
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.alloc.widths import choose_channels
@@ -92,7 +92,7 @@ def test_losses_are_those_of_the_metric(bench: Callable[..., Bench], tmp_path: P
         if not (gone := lost(channels)[index]):
             assert name not in channels.losses
             continue
-        weight, inputs = weight_of(block[name]), damped(c[name])
+        weight, inputs = weight_of(block[name]), definite(c[name])
         kept = channels.rows(f"model.layers.{index}.mlp.up_proj")
         assert kept is not None
         assert len(kept) == 48 - gone
@@ -100,7 +100,7 @@ def test_losses_are_those_of_the_metric(bench: Callable[..., Bench], tmp_path: P
         torch.testing.assert_close(new, without(weight, inputs, kept).float())
         error = weight.double().clone()
         error[:, kept] -= new.double()
-        loss = float(((damped(f[name]) @ error) * (error @ inputs)).sum() / 2)
+        loss = float(((definite(f[name]) @ error) * (error @ inputs)).sum() / 2)
         assert channels.losses[name] == pytest.approx(loss, rel=1e-5)
         gate = f"model.layers.{index}.mlp.gate_proj"
         assert torch.equal(channels.cut(gate, weight_of(block[gate])), weight_of(block[gate])[kept])

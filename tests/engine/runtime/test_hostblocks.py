@@ -6,6 +6,7 @@ import pytest
 import torch
 from fourbit import random_layer
 from tensors import DEVICE
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from rankwise.engine.runtime.decoder import Decoder
@@ -42,7 +43,17 @@ pytestmark = [
 ]
 
 
-def decoder(family: str, kinds: tuple[str, ...] = (), dtype: torch.dtype = BF16) -> Decoder:
+def narrow(mlp: Any, width: int) -> None:
+    """Leave the first channels of an MLP."""
+    for leaf, (m, n) in {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}.items():
+        linear = nn.Linear(n, m, bias=False).requires_grad_(False)
+        linear.weight.copy_(getattr(mlp, leaf).weight[:m, :n])
+        setattr(mlp, leaf, linear)
+
+
+def decoder(
+    family: str, kinds: tuple[str, ...] = (), dtype: torch.dtype = BF16, widths: tuple[int, ...] = ()
+) -> Decoder:
     """Random weights, every one of them: a lost bias or norm shows. Layers become of the kinds in turn."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval().requires_grad_(False)
@@ -51,6 +62,8 @@ def decoder(family: str, kinds: tuple[str, ...] = (), dtype: torch.dtype = BF16)
             parameter.add_(0.3 * torch.randn_like(parameter))
         elif "embed" not in name:
             parameter.mul_(3)
+    for layer, width in zip(model.model.layers, widths, strict=bool(widths)):
+        narrow(layer.mlp, width)
     linears = [(name, each) for name, each in model.named_modules() if "proj" in name]
     generator = torch.Generator().manual_seed(1)
     for number, (name, each) in enumerate(linears if kinds else []):
@@ -81,10 +94,19 @@ def logits_of(running: Engine, calls: list[bool]) -> list[torch.Tensor]:
     return rows
 
 
-@pytest.mark.parametrize("kinds", [(), ("lowrank", "pivot", "dense")], ids=["dense", "compressed"])
+ALIKE: tuple[int, ...] = ()
+CASES = [
+    pytest.param((), ALIKE, id="dense"),
+    pytest.param(("lowrank", "pivot", "dense"), ALIKE, id="compressed"),
+    pytest.param((), (96, 53, 36), id="narrow"),
+    pytest.param(("lowrank", "pivot"), (40, 96, 27), id="narrow and compressed"),
+]
+
+
+@pytest.mark.parametrize(("kinds", "widths"), CASES)
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_every_step_is_that_of_the_decoder(family: str, kinds: tuple[str, ...]) -> None:
-    model = decoder(family, kinds)
+def test_every_step_is_that_of_the_decoder(family: str, kinds: tuple[str, ...], widths: tuple[int, ...]) -> None:
+    model = decoder(family, kinds, widths=widths)
     ours, theirs = Engine(model, OPTIONS), Engine(model, OPTIONS)
     assert isinstance(ours.forward, HostBlocks)
     theirs.forward = lambda batch: model(batch, theirs.keys, theirs.values)
