@@ -28,7 +28,8 @@ from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
 from rankwise.alloc.teacher import Teacher
 from rankwise.evaluate import perplexity
-from rankwise.pipeline import compress, make_factors
+from rankwise.factoring import factors_name, make_factors
+from rankwise.pipeline import compress
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
@@ -196,7 +197,7 @@ def calibrate(case: Case, model: Any, tokenizer: Any, options: argparse.Namespac
     train = train_windows(case.calibration, options, tokenizer)
     inputs, gradients = train[: case.samples], train[: case.gradient_samples]
     curvature: Curvature = collect(model, inputs, gradients, where / "curvature", device=CPU, track=on_terminal)
-    folder = where / f"factors-{sides}{channels_tag(method)}"
+    folder = where / factors_name(method)
     store = make_factors(model, curvature, method, inputs[:1], folder, device=CPU, track=on_terminal)
     spent = time.monotonic() - started
     parts = []
@@ -210,13 +211,6 @@ def calibrate(case: Case, model: Any, tokenizer: Any, options: argparse.Namespac
     shared = f"{case.method}-{sides}-{case.calibration}-{case.samples}-{case.gradient_samples}"
     folder = options.work / "learning" / (shared if case.method in SHARED_PROBES else case.key)
     return Calibration(model, store, curvature, learn, folder, CPU, case.seed, on_terminal), spent
-
-
-def channels_tag(method: Method) -> str:
-    """For names of folders: what decides channels is the whole method, where any may go."""
-    if not method.width_multiple:
-        return ""
-    return "-" + hashlib.sha256(json.dumps(method.options(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def identity(bench: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -88,10 +88,15 @@ def methods() -> str:
         body.append([name, *figures, spent, f"{peak:.1f}"])
     heads = ["method", *(f"{r:.0%}, {t}" for r, t in columns), "seconds", "peak GB"]
     before = ", ".join(f"{test} {value:.2f}" for test, value in dense["perplexity"].items())
+    two = next((row for row in others if "+" in row["calibration"]), None)
+    of_two = two and (
+        f" (of two texts, and in `rankwise`: from {two['samples']} windows, one of C4 after each of WikiText-2, "
+        f"gradients on the first {two['gradient_samples']})"
+    )
     missed, worst = max((abs(row["measured_ratio"] / row["ratio"] - 1), row["name"]) for row in others)
     return (
         f"{markdown(heads, body)}\nPerplexity (lower is better), dense: {before}. `{dense['model']}` in "
-        f"{dense['dtype']}, curvature from {calibration(dense)}, tests on "
+        f"{dense['dtype']}, curvature from {calibration(dense)}{of_two or ''}, tests on "
         f"{dense['windows']} windows, {dense['seq_len']} tokens each; masks trained {dense['steps']} steps of "
         f"{dense['train_len']} tokens, WikiText-2 and C4 in turn. Ratios met within {missed:.2%} "
         f"({worst}). Seconds without curvature and factors, which all share. "

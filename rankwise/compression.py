@@ -21,7 +21,7 @@ from rankwise.engine.embeddings import find_ends
 from rankwise.evaluate import perplexity
 from rankwise.files import disk_guard, publish
 from rankwise.jobs import Job
-from rankwise.pipeline import check_plan, compress, round_layers, tensor_bytes
+from rankwise.pipeline import check_factors, check_plan, compress, round_layers, tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
@@ -162,6 +162,7 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
     """The plan, and every layer's choices with learnt losses if the method learns."""
     config, weights = work.config, model_dtype(work.model)
     if given is not None:
+        check_factors(given, store)
         return config.method.restate(given, store, weights), None
     if config.budget is not None:
         return _plan_bytes(work, store, curvature), None

@@ -8,17 +8,16 @@ import torch
 from torch import nn
 
 from rankwise.alloc.calibration import Calibration
-from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.refitted import Refitted
-from rankwise.alloc.store import FactorStore, factorize_model
-from rankwise.alloc.widths import choose_channels
+from rankwise.alloc.store import FactorStore
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.engine.doors.hf import attach
 from rankwise.engine.embeddings import code_embeddings, find_ends
 from rankwise.engine.layers import CompressedLinear, build_layer
 from rankwise.errors import RankwiseError
+from rankwise.factoring import factors_name, measure_factors
 from rankwise.plan import LayerSpec, RankPlan
 from rankwise.progress import Track, silent
 from rankwise.provenance import versions
@@ -60,7 +59,7 @@ def allocate(
         gradient_text = text[: max(1, len(text) // 4)]
     temporary = tempfile.TemporaryDirectory(prefix="rankwise-") if work is None else None
     folder = Path(temporary.name if temporary else str(work))
-    places = folder / f"curvature-{method.sides}", folder / f"factors-{method.sides}"
+    places = folder / f"curvature-{method.sides}", folder / factors_name(method)
     factors, curvature = measure_factors(model, text, gradient_text, method, *places, device, seed, track)
     calibration = None
     if method.learns:
@@ -100,7 +99,7 @@ def compress(
     linears = {name: module for block in block_linears(model) for name, module in block.items()}
     check_plan(plan, {name: features(linear) for name, linear in linears.items()})
     if store is not None:
-        check_plan(plan, store.shapes, now=True)
+        check_factors(plan, store)
     if plan.embeddings:
         _code_tables(model, plan)
     with track("layers", len(plan.compressed)) as advance:
@@ -145,21 +144,23 @@ def round_layers(model: Any, plan: RankPlan, rounding: Rounding = nearest, *, tr
     attach(model, plan.compressed, plan.embeddings)
 
 
-def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]], *, now: bool = False) -> None:
-    """Raise a RankwiseError unless the plan names every linear layer of the model, and no other, in its shape.
+def check_factors(plan: RankPlan, store: FactorStore | Refitted) -> None:
+    """Raise a RankwiseError unless the factors have lost the channels that the plan says."""
+    for name, spec in plan:
+        if store.shapes.get(name) != (spec.out_features, spec.in_features):
+            planned = f"{name}: [out, in] = {[spec.out_features, spec.in_features]}"
+            allowed = f"the factors have {store.shapes.get(name)}: layers of one MLP lose the same channels"
+            raise RankwiseError("plan", planned, allowed)
 
-    Args:
-        plan: of any origin.
-        shapes: layer name to (out, in) in the dense model; with `now` without the channels that the factors have lost.
-        now: see there.
-    """
+
+def check_plan(plan: RankPlan, shapes: dict[str, tuple[int, int]]) -> None:
+    """Raise a RankwiseError unless the plan names every linear layer of the model, and no other, in its dense shape."""
     for name, spec in plan:
         if name not in shapes:
             raise RankwiseError("plan", f"{name}: no such module", f"the model has, e.g., {next(iter(shapes))}")
-        planned = (spec.out_features, spec.in_features) if now else spec.original_shape
-        if shapes[name] != planned:
-            whose = "factors have" if now else "model has"
-            raise RankwiseError("plan", f"{name}: [out, in] = {list(planned)}", f"the {whose} {list(shapes[name])}")
+        if shapes[name] != spec.original_shape:
+            found = f"{name}: [out, in] = {list(spec.original_shape)}"
+            raise RankwiseError("plan", found, f"the model has {list(shapes[name])}")
     for name in shapes:
         if name not in plan.layers:
             raise RankwiseError("plan", f"{name} is not in it", "a plan lists every linear layer of the blocks")
@@ -209,53 +210,3 @@ def _fill(layer: CompressedLinear | nn.Linear, values: dict[str, torch.Tensor]) 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise RankwiseError(name, "NaN or Inf after rounding", "try --dtype bf16 or fp32")
-
-
-def measure_factors(
-    model: Any,
-    inputs: torch.Tensor,
-    gradients: torch.Tensor | None,
-    method: Method,
-    moments: Path,
-    factors: Path,
-    device: str,
-    seed: int,
-    track: Track,
-    planned: dict[str, int] | None = None,
-) -> tuple[FactorStore, Curvature]:
-    """Curvature into the folder `moments`, then `make_factors`; `gradients` None: no output gradients."""
-    target = resolve_device(device)
-    curvature = collect(model, inputs, gradients, moments, device=target, seed=seed, track=track)
-    window = inputs[:1]
-    return make_factors(model, curvature, method, window, factors, planned, device=target, track=track), curvature
-
-
-def make_factors(
-    model: Any,
-    curvature: Curvature,
-    method: Method,
-    window: torch.Tensor,
-    folder: Path,
-    planned: dict[str, int] | None = None,
-    *,
-    device: torch.device,
-    track: Track = silent,
-) -> FactorStore:
-    """Factors of what a method leaves of the layers; which channels those are goes into a folder beside.
-
-    Args:
-        model: dense, in host memory.
-        curvature: of the model.
-        method: decides the metric, and which channels go.
-        window: `[1, T]` token ids.
-        folder: for the factors.
-        planned: as of `choose_channels`; the method has no say then.
-        device: where it computes.
-        track: progress.
-    """
-    channels = None
-    if planned or (planned is None and method.width_multiple > 0):
-        place = folder.with_name(f"{folder.name}-channels")
-        channels = choose_channels(model, curvature, method, window, place, device=device, planned=planned, track=track)
-    sides = str(method.sides)
-    return factorize_model(model, curvature, folder, sides=sides, device=device, channels=channels, track=track)

@@ -11,7 +11,7 @@ from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.store import FactorStore
 from rankwise.config import CompressConfig
 from rankwise.distributed import from_main, is_main, world
-from rankwise.pipeline import measure_factors
+from rankwise.factoring import measure_factors
 from rankwise.plan import RankPlan
 from rankwise.progress import Track
 from rankwise.scores import FACTORS

@@ -25,6 +25,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["rankwise.pipeline", "rankwise.commands", "transformers.models.llama.modeling_llama"])
 CHILD = "import runpy; runpy.run_path(path, run_name='child')['child'](*arguments)"
 # Two processes have unequal parts of the windows, and of three one has no gradient window.
+CHANNELS = ["--set", "channel_multiple=4"]  # of the default method
 SMALL = ["--samples", "5", "--gradient-samples", "2", "--seq-len", "32", "--measure", "0", "--rank-multiple", "1"]
 GONE = "is gone; run the same command again, it continues"
 
@@ -151,7 +152,8 @@ def require_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 @pytest.fixture(scope="module")
 def options(model_folder: Callable[[str], Path], text_file: Path) -> list[str]:
-    return [str(model_folder("llama")), "--calibration", str(text_file), "--ratio", "0.6", "--no-refit", *SMALL]
+    how = ["--ratio", "0.6", "--no-refit", *CHANNELS]
+    return [str(model_folder("llama")), "--calibration", str(text_file), *how, *SMALL]
 
 
 @pytest.fixture
@@ -218,6 +220,7 @@ def test_masks_are_those_of_one_process(
     method: str, world: int, place: Place, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Three sequences a step, which two processes share unequally, and of which a fourth process has none."""
+    place.options = [option for option in place.options if option not in CHANNELS]
     alone = Place(tmp_path_factory.mktemp("alone"), place.options)
     cut_short(alone, method, 1)
     cut_short(place, method, world)
@@ -235,6 +238,7 @@ def test_masks_are_those_of_one_process(
 
 def test_a_training_goes_on_without_the_process_that_was_killed(place: Place, single: Place) -> None:
     """Which shows that it took part, too."""
+    place.options = [option for option in place.options if option not in CHANNELS]
     ended = place.run(2, *MASKS, "ara", fate=Fate(1, ".out.rankwise/learning/training.safetensors"))
     assert ended.codes == [2, -signal.SIGKILL], ended.printed
     assert [line for line in ended.lines if "error" in line] == [f"error: process 0: another of the 2 processes {GONE}"]

@@ -10,9 +10,15 @@ from fourbit import wide_model
 from transformers import AutoModelForCausalLM
 
 import rankwise
+from rankwise.alloc.methods import METHODS
+from rankwise.anatomy import block_linears, features
+from rankwise.budgets import make_budget
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import folder_bytes, verify
+from rankwise.engine.doors.vllm.folder import check_folder
+from rankwise.errors import RankwiseError
+from rankwise.layerspec import LayerSpec
 from rankwise.plan import RankPlan
 from rankwise.storage import Precision
 from rankwise.zoo import load_model
@@ -91,4 +97,51 @@ def test_what_is_left_is_rounded_in_its_own_metric(refit: bool, tokenizer: Any, 
 def test_byte_budgets_and_scores_keep_all_channels(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     scored = command(model_folder("llama"), tmp_path / "scores", score_only=True)
     plan = command(model_folder("llama"), tmp_path / "b", scores=tmp_path / "scores")
-    assert not any(spec.dense_shape for made in (scored, plan) for _, spec in made)
+    budget = make_budget(None, 20.0, "fp32", None, False)
+    of_bytes = command(model_folder("llama"), tmp_path / "c", budget=budget)
+    assert not any(spec.dense_shape for made in (scored, plan, of_bytes) for _, spec in made)
+
+
+@pytest.mark.parametrize("refit", [False, True], ids=["factors", "refitted"])
+def test_what_is_left_can_be_healed(refit: bool, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    plan = command(model_folder("llama"), tmp_path / "small", heal=4, refit=refit)
+    assert any(spec.dense_shape for _, spec in plan)
+    healed = plan.provenance["heal"]
+    assert healed["after"] <= healed["before"]
+    assert verify(tmp_path / "small") >= 6
+
+
+def narrowed_by_hand(folder: Path, widths: dict[str, int]) -> Path:
+    """A plan that keeps everything but channels of the first block's MLP."""
+    linears = {name: features(m) for block in block_linears(load_model(str(folder))[0]) for name, m in block.items()}
+    layers = {}
+    for name, (m, n) in linears.items():
+        leaf = name.rpartition(".")[2] if ".0.mlp." in name else ""
+        now = (m, widths.get(leaf, n)) if leaf == "down_proj" else (widths.get(leaf, m), n)
+        layers[name] = LayerSpec("dense", *now, min(now), "fp32", dense_shape=None if now == (m, n) else (m, n))
+    path = folder.parent / f"plan-{'-'.join(map(str, widths.values()))}.json"
+    RankPlan(layers).save(path)
+    return path
+
+
+def test_a_plan_by_hand_must_take_the_same_channels_from_all(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = model_folder("llama")
+    given = {"plan": narrowed_by_hand(model, {"gate_proj": 40, "up_proj": 40, "down_proj": 40})}
+    assert command(model, tmp_path / "good", **given).ratio < 1
+    for number, odd in enumerate(({"gate_proj": 40, "up_proj": 44, "down_proj": 40}, {"gate_proj": 40, "up_proj": 40})):
+        given = {"plan": narrowed_by_hand(model, odd)}
+        with pytest.raises(RankwiseError, match="layers of one MLP lose the same channels"):
+            command(model, tmp_path / str(number), **given)
+    given = {"plan": narrowed_by_hand(model, {"gate_proj": 32, "up_proj": 32, "down_proj": 32}), "refit": False}
+    with pytest.raises(RankwiseError, match=r"^sides: one; allowed: two"):
+        command(model, tmp_path / "one", METHODS["svd-llm"](0.9), **given)
+
+
+def test_vllm_has_biases_of_the_dense_width(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    plan = command(model_folder("gpt2"), tmp_path / "small")
+    with pytest.raises(RankwiseError, match=r"c_fc.bias: of a layer with \d+ outputs left; vLLM's own biases"):
+        check_folder(str(tmp_path / "small"), None, plan.compressed)
+    command(model_folder("llama"), tmp_path / "llama")
+    check_folder(str(tmp_path / "llama"), None, RankPlan.load(tmp_path / "llama" / "plan.json").compressed)

@@ -24,6 +24,7 @@ from rankwise.engine.checkpoint import verify
 from rankwise.errors import RankwiseError
 from rankwise.jobs import Job
 
+CHANNELS = ["--set", "channel_multiple=4"]  # of the default method
 SMALL = ["--samples", "4", "--gradient-samples", "2", "--seq-len", "32", "--measure", "1", "--rank-multiple", "1"]
 RANDOM_KILLS = 20
 WORK = ".out.rankwise"
@@ -186,7 +187,8 @@ def contents(folder: Path) -> Files:
 
 @pytest.fixture(scope="module")
 def options(model_folder: Callable[[str], Path], text_file: Path) -> list[str]:
-    return [str(model_folder("llama")), "--calibration", str(text_file), "--ratio", "0.6", "--no-refit", *SMALL]
+    how = ["--ratio", "0.6", "--no-refit", *CHANNELS]
+    return [str(model_folder("llama")), "--calibration", str(text_file), *how, *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +326,7 @@ def test_killed_twice_and_continued(task: Task, uninterrupted: tuple[Files, list
 
 OTHER = {
     "ratio": (["--ratio", "0.5"], "options"),
-    "method": (["--method", "uniform"], "options"),
+    "method": (["--method", "global"], "options"),
     "seed": (["--seed", "1"], "calibration"),
     "samples": (["--samples", "5"], "calibration"),
     "dtype": (["--dtype", "bf16"], "weights"),
@@ -492,7 +494,7 @@ def staged(
         if name not in made:
             place = tmp_path_factory.mktemp("staged") / name
             place.mkdir()
-            refitted = [option for option in options if option != "--no-refit"]
+            refitted = [option for option in options if option not in ("--no-refit", *CHANNELS)]
             task = Task(place, [*refitted, "--learn", str(text_file), "--learn-samples", "4", *STAGES[name]])
             result = task.run()
             assert result.code == 0, result.printed

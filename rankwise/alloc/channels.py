@@ -77,7 +77,7 @@ class Channels:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A layer's C and F, of the features that it still has."""
         columns, rows = self._get(name, "columns"), self.rows(name)
-        return _square(inputs, columns), None if outputs is None else _square(outputs, rows)
+        return among(inputs, columns), None if outputs is None else among(outputs, rows)
 
     def _shape(self, name: str, shape: tuple[int, int]) -> tuple[int, int]:
         rows, columns = self.rows(name), self._get(name, "columns")
@@ -90,7 +90,8 @@ class Channels:
         return found.long() if found is not None and part in ("rows", "columns") else found
 
 
-def _square(matrix: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+def among(matrix: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """The rows and columns `kept` of a square matrix; None: all."""
     if kept is None:
         return matrix
     kept = kept.to(matrix.device)

@@ -109,7 +109,7 @@ def damped(matrix: torch.Tensor, what: str = "second moments", damping: float = 
     Raises:
         RankwiseError: NaN, Inf or a truly indefinite matrix; `what` names it.
     """
-    m = matrix.to(dtype=torch.float64, copy=True)
+    m = matrix.to(dtype=torch.float64)
     if not torch.isfinite(m).all():
         raise RankwiseError(what, "NaN or Inf", "finite numbers are needed; measure the curvature again")
     m = (m + m.T) / 2

@@ -1,8 +1,8 @@
 """Heal: a short distillation of the kept factors from the dense model, ranks unchanged.
 
-Adam on the factors' own entries against the dense model's next-token distribution; embeddings, norms, head and dense
-layers stay as they are. Every few steps the held-out divergence is measured; what is returned is the best point met,
-so a healing that does harm changes nothing.
+Adam on the factors' own entries, and on the weights of layers that have lost channels, against the dense model's
+next-token distribution; embeddings, norms, head and other dense layers stay as they are. Every few steps the held-out
+divergence is measured; what is returned is the best point met, so a healing that does harm changes nothing.
 """
 
 import math
@@ -126,7 +126,7 @@ def heal(
 
     Args:
         model: the compressed model on its device.
-        names: modules whose matrices are trained (their factors; one-element guards and biases are not).
+        names: modules whose matrices are trained (factors, or weights; one-element guards and biases are not).
         teacher: has listened to all of `windows`.
         windows: `[N, T]` token ids; the last `held_out` of them judge.
         held_out: at least 1, and fewer than there are.

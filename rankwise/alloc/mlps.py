@@ -2,7 +2,7 @@
 
 In an MLP `down(act(gate(x)) * up(x))` feature i between the layers is made by row i of `gate` and of `up`, and read by
 column i of `down`. Nothing is read from module names: a guess is made from the layers' sizes and the order of their
-calls, then a channel is taken out and the block must still give what it gives with that channel set to nothing.
+calls, then every other channel is taken out, and the block must give what it gives with those channels set to nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,29 +42,34 @@ def find_mlp(stream: BlockStream, index: int, block: dict[str, nn.Module], hidde
         block: its linear layers.
         hidden: `[1, T, d]` inputs of the block.
     """
-    order = [name for group in learn_layout(stream, index, block, hidden).groups for name in group]
+    groups = learn_layout(stream, index, block, hidden).groups
+    order = [name for group in groups for name in group]
     for at, reader in reversed(list(enumerate(order))):
         channels = features(block[reader])[1]
-        writers = tuple(name for name in order[:at] if features(block[name])[0] == channels)
-        mlp = Mlp(writers, reader)
-        if writers and channels > 1 and _stands(stream, index, block, mlp, hidden):
-            return mlp
+        fit = tuple(name for name in order[:at] if features(block[name])[0] == channels)
+        last = next((set(group) for group in reversed(groups) if fit and fit[-1] in group), set())
+        alone = tuple(name for name in fit if name in last)
+        for writers in dict.fromkeys((fit, alone)):  # another layer may be as wide by chance
+            mlp = Mlp(writers, reader)
+            if writers and channels > 1 and _stands(stream, index, block, mlp, hidden):
+                return mlp
     return None
 
 
 def _stands(stream: BlockStream, index: int, block: dict[str, nn.Module], mlp: Mlp, hidden: torch.Tensor) -> bool:
-    """Whether the block without its middle channel does what it does with that channel at nothing."""
-    channels = features(block[mlp.reader])[1]
-    kept = torch.tensor([i for i in range(channels) if i != channels // 2])
+    """Whether the block without every other channel does what it does with those channels at nothing."""
     reader = weight_of(block[mlp.reader]).detach()
+    kept = torch.arange(0, reader.shape[1], 2, device=reader.device)
     silent = reader.clone()
-    silent[:, channels // 2] = 0
+    silent[:, 1::2] = 0
     with swapped(block, {mlp.reader: silent}):
         expected = stream.run(index, hidden)
     fewer = {name: weight_of(block[name]).detach()[kept] for name in mlp.writers} | {mlp.reader: reader[:, kept]}
     try:
         with swapped(block, fewer, dict.fromkeys(mlp.writers, kept)):
             found = stream.run(index, hidden)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError):  # the width is written down somewhere else: heads, norms
         return False
     added = expected.float() - hidden.float()

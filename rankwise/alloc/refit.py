@@ -6,7 +6,7 @@ matrix of its rank that best repeats what the dense model did there (`alloc.solv
 stream make up for what it has lost so far.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.alloc.channels import among
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.layout import Layout, learn_layout
 from rankwise.alloc.mlps import swapped
@@ -103,39 +104,69 @@ def refit(
     return into
 
 
+@dataclass(frozen=True)
+class _Block:
+    """One block on its way through the refit.
+
+    Args:
+        index: which.
+        linears: name to layer.
+        specs: what the layers become.
+        layout: how they hang together.
+        rows: layer to the outputs that it keeps, where it has lost some.
+        emphasis: layer to what its tokens weigh `[T]`; without any, a group shares its sums.
+    """
+
+    index: int
+    linears: dict[str, nn.Module]
+    specs: dict[str, LayerSpec]
+    layout: Layout
+    rows: Tensors
+    emphasis: dict[str, torch.Tensor]
+
+
 def _refit_block(
     run: _Pass,
     index: int,
-    block: dict[str, nn.Module],
+    linears: dict[str, nn.Module],
     specs: dict[str, LayerSpec],
     factors: FactorStore,
     curvature: Curvature,
 ) -> tuple[dict[str, Tensors], dict[str, Outcome]]:
     """New tensors of one block's layers, and what became of each. Layers that the text misses keep their factors."""
     stream, outputs = run.stream, curvature.outputs(index)
-    rows = {name: kept for name in block if (kept := factors.rows(name)) is not None}
-    outputs |= {name: outputs[name][kept][:, kept] for name, kept in rows.items() if name in outputs}
     places = octaves(run.windows.shape[1], stream.device)
     emphasis = {name: share.to(stream.device)[places] for name, share in curvature.emphasis(index).items()}
-    found = {name: _old(factors, name, spec, weight_of(block[name])) for name, spec in specs.items()}
-    outcomes = {name: Outcome() for name in block}
+    found = {name: _old(factors, name, spec, weight_of(linears[name])) for name, spec in specs.items()}
+    outcomes = {name: Outcome() for name in linears}
     with stream.on_device(index):
-        layout = learn_layout(stream, index, block, run.dense[0].to(stream.device))
+        layout = learn_layout(stream, index, linears, run.dense[0].to(stream.device))
+        block = _Block(index, linears, specs, layout, _rows(factors, linears), emphasis)
         reached = {name for group in layout.groups for name in group}
         weights = {name: product(old) for name, old in found.items() if old and name not in reached}
         for group in layout.groups:
-            sums = _gather(run, index, block, layout, group, weights, emphasis, specs, rows)
+            sums = _gather(run, block, group, weights)
             for name in group:
-                dense = weight_of(block[name])
-                start = factors.weight(name, dense).double()
-                teacher = (dense[rows[name].to(dense.device)] if name in rows else dense).double()
+                dense = weight_of(linears[name])
+                rows = block.rows.get(name)
+                teacher = dense if rows is None else dense[rows.to(dense.device)]
                 with _named(name):
                     found[name], outcomes[name] = refit_layer(
-                        start, specs[name], found[name], *sums[name], outputs.get(name), teacher
+                        factors.weight(name, dense).double(),
+                        specs[name],
+                        found[name],
+                        *sums[name],
+                        among(outputs[name], rows) if name in outputs else None,
+                        teacher.double(),
                     )
                 if found[name]:
                     weights[name] = product(found[name])
     return found, outcomes
+
+
+def _rows(factors: FactorStore | Refitted, names: Iterable[str]) -> Tensors:
+    """Layer to the outputs that it keeps, of those that have lost some."""
+    return {name: rows for name in names if (rows := factors.rows(name)) is not None}
 
 
 def _old(factors: FactorStore, name: str, spec: LayerSpec, dense: torch.Tensor) -> Tensors:
@@ -154,44 +185,29 @@ def _named(name: str) -> Iterator[None]:
         raise RankwiseError(f"{name}: {error.field}", error.value, error.allowed) from None
 
 
-def _gather(
-    run: _Pass,
-    index: int,
-    block: dict[str, nn.Module],
-    layout: Layout,
-    group: list[str],
-    weights: Tensors,
-    emphasis: dict[str, torch.Tensor],
-    specs: dict[str, LayerSpec],
-    rows: Tensors,
-) -> dict[str, tuple[Moments, Moments]]:
+def _gather(run: _Pass, block: _Block, group: list[str], weights: Tensors) -> dict[str, tuple[Moments, Moments]]:
     """Moments of one group's layers, over the windows to fit to and those that judge.
 
     Args:
         run: hidden states at the block's input.
-        index: the block, on the device.
-        block: its layers.
-        layout: how they hang together.
+        block: on the device.
         group: layers that share an input.
         weights: what the compressed model has in the place of the layers before the group.
-        emphasis: layer to what its tokens weigh `[T]`; without any, the group shares its sums.
-        specs: what the layers become.
-        rows: layer to the outputs that it keeps, where it has lost some.
     """
-    stream, leader = run.stream, group[0]
-    heard = group if emphasis else [leader]
-    sums = {name: _zeros(specs[name], leader in layout.residual, stream.device) for name in heard}
+    stream, layout, leader = run.stream, block.layout, group[0]
+    heard = group if block.emphasis else [leader]
+    sums = {name: _zeros(block.specs[name], leader in layout.residual, stream.device) for name in heard}
     for number, (dense, compressed) in enumerate(zip(run.dense, run.compressed, strict=True)):
-        wanted = layout.grab(stream, index, leader, dense.to(stream.device))
-        with swapped(block, weights, rows):
-            given = layout.grab(stream, index, leader, compressed.to(stream.device))
+        wanted = layout.grab(stream, block.index, leader, dense.to(stream.device))
+        with swapped(block.linears, weights, block.rows):
+            given = layout.grab(stream, block.index, leader, compressed.to(stream.device))
         if wanted is None or given is None:
             continue
         (x, stream_was), (x_, stream_is) = wanted, given
         lost = None if stream_was is None or stream_is is None else stream_was.float() - stream_is.float()
         for name, pair in sums.items():
-            pair[number >= run.fitted].add(x, x_, lost, emphasis.get(name))
-    return {name: sums[name if emphasis else leader] for name in group}
+            pair[number >= run.fitted].add(x, x_, lost, block.emphasis.get(name))
+    return {name: sums[name if block.emphasis else leader] for name in group}
 
 
 def _zeros(spec: LayerSpec, writes: bool, device: torch.device) -> tuple[Moments, Moments]:
@@ -203,7 +219,7 @@ def _zeros(spec: LayerSpec, writes: bool, device: torch.device) -> tuple[Moments
 def _forward(run: _Pass, index: int, block: dict[str, nn.Module], done: Refitted) -> None:
     """Both models' hidden states through the block that is done."""
     stream, weights = run.stream, done.weights(index)
-    rows = {name: kept for name in weights if (kept := done.rows(name)) is not None}
+    rows = _rows(done, weights)
     with stream.on_device(index):
         for number, (dense, compressed) in enumerate(zip(run.dense, run.compressed, strict=True)):
             run.dense[number] = stream.run(index, dense.to(stream.device)).cpu()

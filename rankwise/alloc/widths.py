@@ -5,6 +5,8 @@ least (`alloc.removal`). A block then has one curve of loss against parameters f
 meets the budget picks width and ranks together. The ranks are chosen once more, exactly, when the factors are there.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from rankwise.alloc.budget import Choices
 from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import definite, spectrum
-from rankwise.alloc.methods.base import Method
+from rankwise.alloc.methods.base import LEAST, Method
 from rankwise.alloc.mlps import Mlp, find_mlp
 from rankwise.alloc.removal import removal_order, without
 from rankwise.alloc.stream import BlockStream
@@ -30,7 +32,6 @@ from rankwise.jobs import claim
 from rankwise.progress import Track, silent
 
 WIDTHS = 13  # of an MLP that are looked at, all channels included
-LEAST = 0.5  # share of the channels that stay at least
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def choose_channels(
         curvature: two-sided.
         method: its ratio, kinds and multiples.
         window: `[1, T]` token ids, to see how layers hang together.
-        folder: for the channels; spectra, which no ratio changes, lie in `spectra` below it.
+        folder: for a folder of channels, and one of spectra, which no ratio changes; names say what decides them.
         device: where it computes.
         planned: layer that reads channels to how many it keeps, where that is decided; other blocks keep all.
         track: progress.
@@ -76,13 +77,16 @@ def choose_channels(
     """
     linears = block_linears(model)
     originals = [{name: features(m) for name, m in block.items()} for block in linears]
-    channels = Channels(folder, originals, {"options": method.options(), "planned": planned, **curvature.identity})
+    asked = {"options": method.options(), "planned": planned}
+    channels = Channels(folder / f"channels-{digest(asked)}", originals, asked | curvature.identity)
     if is_main():
-        claim(folder, "channels", channels.identity)
+        claim(channels.folder, "channels", channels.identity)
     if is_main() and not all(channels.file(index).exists() for index in range(len(linears))):
         mlps = _find(model, linears, window, device)
         counts = [_counts(mlp, block, method, planned) for mlp, block in zip(mlps, linears, strict=True)]
-        paths = [folder / "spectra" / f"spectra_{index:03d}.safetensors" for index in range(len(linears))]
+        spectra = folder / f"spectra-{digest(counts)}"
+        claim(spectra, "spectra", {"lost": counts, **curvature.identity})
+        paths = [spectra / f"spectra_{index:03d}.safetensors" for index in range(len(linears))]
         parts = list(zip(linears, mlps, counts, paths, strict=True))
         chosen = [_Option(0, 0.0, [])] * len(linears)
         if any(map(any, counts)):
@@ -95,7 +99,7 @@ def choose_channels(
             total = sum(m * n for block in originals for m, n in block.values())
             chosen = _pick(options, method.ratio * total) if planned is None else [some[-1] for some in options]
         for index, (option, (block, mlp, _, path)) in enumerate(zip(chosen, parts, strict=True)):
-            _carry_out(channels, index, block, mlp, option, curvature, path)
+            _carry_out(channels, index, block, mlp, option, curvature, path, device)
     barrier()
     return channels
 
@@ -202,7 +206,9 @@ def _pick(blocks: list[list[_Option]], target: float) -> list[_Option]:
         middle = (low + high) / 2
         cost = sum(cost for _, cost, _ in _best(blocks, float(np.exp(middle))))
         low, high = (low, middle) if cost <= target else (middle, high)
-    return [option for _, _, option in _best(blocks, float(np.exp(low)))]
+    above = [option for _, _, option in _best(blocks, float(np.exp(low)))]
+    least = sum(int(layer.cost[0]) for option in above for layer in option.layers)
+    return above if least <= target else [option for _, _, option in _best(blocks, float(np.exp(high)))]
 
 
 def _best(blocks: list[list[_Option]], multiplier: float) -> Iterator[tuple[float, int, _Option]]:
@@ -225,14 +231,20 @@ def _carry_out(
     option: _Option,
     curvature: Curvature,
     path: Path,
+    device: torch.device,
 ) -> None:
     """Write what an option makes of a block."""
     if mlp is None or not option.lost:
         channels.write(index, None, torch.empty(0), torch.empty(0), 0.0)
         return
     with open_tensors(path) as file:
-        order = file.get_tensor("order")
-    weight = weight_of(block[mlp.reader]).detach()
+        order = file.get_tensor("order").to(device)
+    weight = weight_of(block[mlp.reader]).detach().to(device)
     kept = _kept(order, option.lost, weight.shape[1])
-    new = without(weight, definite(curvature.metric_inputs(index)[mlp.reader]), kept)
+    new = without(weight, definite(curvature.metric_inputs(index)[mlp.reader].to(device)), kept)
     channels.write(index, mlp, kept, new, option.loss / 2)
+
+
+def digest(what: Any) -> str:
+    """Eight hex digits that stand for JSON-ready data, for names of folders."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, FalconConfig, PhiConfig
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, PhiConfig
 
 from rankwise.alloc.mlps import Mlp, find_mlp, swapped
 from rankwise.alloc.stream import BlockStream
@@ -48,12 +48,35 @@ def test_blocks_whose_parts_run_side_by_side(config: Any, writers: str) -> None:
     assert mlp[0] == [writers]
 
 
-def test_a_norm_between_the_layers_forbids_it(tiny: Callable[..., Any]) -> None:
-    model = tiny("llama")
+def normed(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    return functional.layer_norm(mlp.up_proj(x) * mlp.gate_proj(x), (48,))
+
+
+def bare_normed(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """Runs at any width, but what one channel becomes depends on the others."""
+    inner = mlp.up_proj(x) * mlp.gate_proj(x)
+    return inner * inner.square().mean(-1, keepdim=True).rsqrt()
+
+
+def shared_out(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    return mlp.gate_proj(x).softmax(-1) * mlp.up_proj(x)
+
+
+@pytest.mark.parametrize("inner", [normed, bare_normed, shared_out])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_channels_that_know_of_each_other_are_none(inner: Any, dtype: torch.dtype, tiny: Callable[..., Any]) -> None:
+    model = tiny("llama", dtype)
     mlp = model.model.layers[0].mlp
-    mlp.norm = nn.LayerNorm(48)
-    mlp.forward = lambda x: mlp.down_proj(mlp.norm(mlp.up_proj(x) * mlp.gate_proj(x)))
+    mlp.forward = lambda x: mlp.down_proj(inner(mlp, x))
     assert found(model) is None
+
+
+def test_another_layer_may_be_as_wide() -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"head_dim": 12, "intermediate_size": 48, "num_key_value_heads": 2}
+    mlp = found(AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval().requires_grad_(False))
+    assert mlp is not None
+    assert mlp[0] == ["gate_proj", "up_proj"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

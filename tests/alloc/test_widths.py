@@ -128,14 +128,19 @@ def test_what_is_done_is_found_again(
     bench: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b = bench()
-    first = b.choose(tmp_path / "channels")
+    first = b.choose(tmp_path)
     files = {index: first.file(index).read_bytes() for index in range(2)}
     first.file(1).unlink()  # killed before the end
-    monkeypatch.setattr(module, "_measure", pytest.fail)
-    again = b.choose(tmp_path / "channels")
+    measured: list[int] = []
+    measure = module._measure
+    monkeypatch.setattr(module, "_measure", lambda *given: measured.append(given[4]) or measure(*given))
+    again = b.choose(tmp_path)
     assert {index: again.file(index).read_bytes() for index in range(2)} == files
-    with pytest.raises(RankwiseError, match=r"^channels: .* was made with other options"):
-        b.choose(tmp_path / "channels", 0.5)
+    other = b.choose(tmp_path, 0.5)  # another budget, the same spectra
+    assert other.folder != first.folder
+    assert not measured
+    b.choose(tmp_path, keep=("*.0.mlp.*",))
+    assert measured == [0, 1]
 
 
 def test_a_plan_can_say_how_many_stay(bench: Callable[..., Bench], tmp_path: Path) -> None:
@@ -167,7 +172,7 @@ def test_compressed_the_model_does_what_the_plan_says(family: str, bench: Callab
     store = b.factors(tmp_path / "factors", channels)
     plan = rankwise.Global(0.6, rank_multiple=1).allocate(store, "fp32")
     expected = {}
-    for index, block in enumerate(block_linears(b.model)):
+    for block in block_linears(b.model):
         for name, linear in block.items():
             spec, rows = plan.layers[name], channels.rows(name)
             weight = channels.cut(name, weight_of(linear))
@@ -176,10 +181,35 @@ def test_compressed_the_model_does_what_the_plan_says(family: str, bench: Callab
                 weight = u @ v
             bias = linear.bias if linear.bias is None or rows is None else linear.bias[rows]
             expected[name] = weight.clone(), None if bias is None else bias.clone()
-        assert index < 2
     small = rankwise.compress(b.model, plan, store)
     for name, (weight, bias) in expected.items():
         layer = small.get_submodule(name)
         x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
     assert torch.isfinite(small(b.windows).logits).all()
+
+
+def test_one_folder_serves_every_budget(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    windows = torch.randint(2, 512, (8, 32), generator=torch.Generator().manual_seed(5))
+    plans = [
+        rankwise.allocate(tiny("llama"), windows, method, work=tmp_path)
+        for method in (
+            rankwise.Global(0.6, rank_multiple=1),
+            rankwise.Global(0.6, rank_multiple=1, channel_multiple=4),
+            rankwise.Global(0.5, rank_multiple=1, channel_multiple=4),
+        )
+    ]
+    assert [round(plan.ratio, 3) for plan in plans] == [0.6, 0.6, 0.5]
+    assert [any(spec.dense_shape for _, spec in plan) for plan in plans] == [False, True, True]
+
+
+def test_channels_alone_can_meet_a_budget(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    windows = torch.randint(2, 512, (8, 32), generator=torch.Generator().manual_seed(5))
+    total = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
+    method = rankwise.Global(1 - 9 * 96 / total, kinds=("dense",), channel_multiple=1, tolerance=0.05)
+    plan = rankwise.allocate(tiny("llama"), windows, method, work=tmp_path)
+    assert {spec.kind for _, spec in plan} == {"dense"}
+    assert method.ratio - 0.05 <= plan.ratio <= method.ratio
+    method = rankwise.Global(0.1, kinds=("dense",), channel_multiple=1)
+    with pytest.raises(RankwiseError, match=r"^ratio: 0.1; "):
+        rankwise.allocate(tiny("llama"), windows, method, work=tmp_path)

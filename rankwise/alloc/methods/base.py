@@ -13,6 +13,7 @@ from rankwise.config import check, check_count, check_fraction
 from rankwise.errors import RankwiseError
 from rankwise.plan import KINDS, LayerSpec, RankPlan
 
+LEAST = 0.5  # share of an MLP's channels that stay at least
 NEVER_SEEN = 1e30  # nats; dearer than any component of a layer that was seen
 
 
@@ -109,8 +110,12 @@ class Method:
         """
         self.check_keep(shapes)
         choices = self.choices(shapes, {name: np.zeros(min(shape)) for name, shape in shapes.items()})
+        early = total is None
         total = sum(m * n for m, n in shapes.values()) if total is None else total
         require_choices(choices, self.rank_multiple)
+        lowest = sum(int(entry.cost[0]) for entry in choices.values())
+        if early and self.width_multiple and LEAST * lowest <= self.ratio * total <= total:
+            return  # channels may bring it there; asked again when they are known
         require_reachable(choices, self.ratio * total, total)
 
     def check_keep(self, shapes: dict[str, tuple[int, int]]) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rankwise.engine.checkpoint import check_headers, shard_files
 from rankwise.engine.doors.hf import replace_layers, require_all
+from rankwise.errors import RankwiseError
 from rankwise.layerspec import LayerSpec
 
 
@@ -23,12 +24,16 @@ def check_folder(model: str, config: Any, specs: dict[str, LayerSpec]) -> None:
         specs: the compressed layers.
 
     Raises:
-        RankwiseError: a tensor is missing, or contradicts config.json.
+        RankwiseError: a tensor is missing, or contradicts config.json; or a bias that is narrower than vLLM has it.
     """
     folder = Path(model)
     if not folder.is_dir():
         return
     shapes = check_headers(shard_files(folder), specs)
+    for name, spec in specs.items():
+        if spec.out_features < spec.original_shape[0] and f"{name}.bias" in shapes:
+            allowed = "vLLM's own biases have the dense width: serve it with rankwise's engine or transformers"
+            raise RankwiseError(f"{name}.bias", f"of a layer with {spec.out_features} outputs left", allowed)
     if config is None or type(config) not in AutoModelForCausalLM._model_mapping:
         return
     with torch.device("meta"):
