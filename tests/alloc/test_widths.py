@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import rankwise
-from rankwise.alloc import widths as module
 from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.factors import definite
 from rankwise.alloc.removal import without
+from rankwise.alloc.spectra import Block
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.alloc.widths import choose_channels
 from rankwise.anatomy import block_linears, weight_of
@@ -132,8 +132,13 @@ def test_what_is_done_is_found_again(
     files = {index: first.file(index).read_bytes() for index in range(2)}
     first.file(1).unlink()  # killed before the end
     measured: list[int] = []
-    measure = module._measure
-    monkeypatch.setattr(module, "_measure", lambda *given: measured.append(given[4]) or measure(*given))
+    measure = Block.measure
+
+    def noting(block: Block, *given: Any, **more: Any) -> None:
+        measured.append(block.index)
+        measure(block, *given, **more)
+
+    monkeypatch.setattr(Block, "measure", noting)
     again = b.choose(tmp_path)
     assert {index: again.file(index).read_bytes() for index in range(2)} == files
     other = b.choose(tmp_path, 0.5)  # another budget, the same spectra

@@ -1,0 +1,126 @@
+"""One block at several widths of its MLP: what each loses, what its layers' spectra are then, and carrying one out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rankwise.alloc.budget import Choices
+from rankwise.alloc.channels import Channels, among
+from rankwise.alloc.curvature import Curvature
+from rankwise.alloc.factors import definite, spectrum
+from rankwise.alloc.methods.base import Method
+from rankwise.alloc.mlps import Mlp
+from rankwise.alloc.removal import removal_order, without
+from rankwise.anatomy import features, weight_of
+from rankwise.files import open_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Option:
+    """One width of a block.
+
+    Args:
+        lost: channels taken out.
+        loss: predicted for that alone, nats a token.
+        layers: the choices of the block's layers then.
+    """
+
+    lost: int
+    loss: float
+    layers: list[Choices]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block, and where what is known of its widths lies.
+
+    Args:
+        index: which.
+        linears: name to layer.
+        mlp: its layers that share channels, or None.
+        counts: how many channels may go, 0 first.
+        path: a safetensors file: `order` and `losses` of the channels, and spectra `NAME.LOST`.
+    """
+
+    index: int
+    linears: dict[str, nn.Module]
+    mlp: Mlp | None
+    counts: list[int]
+    path: Path
+
+    @torch.no_grad()
+    def measure(self, curvature: Curvature, device: torch.device, *, planned: bool) -> None:
+        """Write the file, without spectra if the width is `planned`."""
+        c, f = curvature.metric(self.index)
+        mlp, shared = self.mlp, () if self.mlp is None else (*self.mlp.writers, self.mlp.reader)
+        known = {name: bool(c[name].any() and f[name].any()) for name in self.linears}
+        wanted = [name for name in self.linears if not planned or name in shared]
+        weights = {name: weight_of(self.linears[name]).detach().to(device) for name in wanted}
+        metric = {name: (definite(c[name].to(device)), definite(f[name].to(device))) for name in wanted}
+        found: dict[str, torch.Tensor] = {}
+        if mlp is not None and len(self.counts) > 1 and all(known[name] for name in shared):
+            reader = weights[mlp.reader], *metric[mlp.reader]
+            found["order"], found["losses"] = removal_order(*reader, self.counts[-1])
+        for lost in () if planned else self.counts if found else [0]:
+            found |= self._spectra(lost, found.get("order"), weights, metric, known)
+        write_tensors(self.path, {name: tensor.cpu() for name, tensor in found.items()}, {})
+
+    def _spectra(
+        self,
+        lost: int,
+        order: torch.Tensor | None,
+        weights: dict[str, torch.Tensor],
+        metric: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        known: dict[str, bool],
+    ) -> dict[str, torch.Tensor]:
+        """Of the layers that lose channels, or of all where none do; infinite where the text never reached one."""
+        if not lost or order is None or self.mlp is None:
+            endless = {name: torch.full((min(w.shape),), torch.inf).double() for name, w in weights.items()}
+            return {f"{n}.0": spectrum(w, *metric[n]) if known[n] else endless[n] for n, w in weights.items()}
+        reader, (inputs, outputs) = self.mlp.reader, metric[self.mlp.reader]
+        kept = kept_of(order, lost, len(inputs))
+        new = without(weights[reader], inputs, kept)
+        found = {f"{reader}.{lost}": spectrum(new, among(inputs, kept), outputs)}
+        for name in self.mlp.writers:
+            inputs, outputs = metric[name]
+            found[f"{name}.{lost}"] = spectrum(weights[name][kept], inputs, among(outputs, kept))
+        return found
+
+    def options(self, method: Method) -> list[Option]:
+        """The widths, and what a method lets the layers become at each (in energies, which are twice the loss)."""
+        with open_tensors(self.path) as file:
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        losses = found.get("losses", torch.zeros(1, dtype=torch.float64))
+        counts = [lost for lost in self.counts if lost < len(losses)]
+        return [
+            Option(lost, float(losses[lost]), [self._choices(name, lost, found, method) for name in self.linears])
+            for lost in counts
+        ]
+
+    def _choices(self, name: str, lost: int, found: dict[str, torch.Tensor], method: Method) -> Choices:
+        m, n = features(self.linears[name])
+        if self.mlp is not None:
+            m, n = m - lost * (name in self.mlp.writers), n - lost * (name == self.mlp.reader)
+        energy = found.get(f"{name}.{lost}", found[f"{name}.0"])
+        return method.choices({name: (m, n)}, {name: energy.numpy()})[name]
+
+    def carry_out(self, channels: Channels, lost: int, curvature: Curvature, device: torch.device) -> None:
+        """Write what is left of the block without so many channels."""
+        if self.mlp is None or not lost:
+            channels.write(self.index, None, torch.empty(0), torch.empty(0), 0.0)
+            return
+        with open_tensors(self.path) as file:
+            order, losses = file.get_tensor("order").to(device), file.get_tensor("losses")
+        weight = weight_of(self.linears[self.mlp.reader]).detach().to(device)
+        kept = kept_of(order, lost, weight.shape[1])
+        new = without(weight, definite(curvature.metric_inputs(self.index)[self.mlp.reader].to(device)), kept)
+        channels.write(self.index, self.mlp, kept, new, float(losses[lost]))
+
+
+def kept_of(order: torch.Tensor, lost: int, channels: int) -> torch.Tensor:
+    """The channels that stay, rising, when the first `lost` of an order go."""
+    stays = torch.ones(channels, dtype=torch.bool, device=order.device)
+    stays[order[:lost]] = False
+    return stays.nonzero()[:, 0]
