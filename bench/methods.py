@@ -25,6 +25,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "rankwise, one text, all channels": ("rankwise", {"channel_multiple": 0}),
     "global, two texts": ("global", {}),
     "global, two texts, channels": ("global", {"channel_multiple": 64}),
+    "global, two texts, channels, no pivot": ("global", {"channel_multiple": 64, "kinds": PLAIN}),
     "rankwise": ("rankwise", {}),
     "SVD-LLM v2": ("svd-llm-v2", {}),
     "D-Rank": ("d-rank", {}),

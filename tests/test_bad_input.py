@@ -306,7 +306,7 @@ OPTIONS = {
         option("--method", "ara", "--set", "stepz=3"), ("set: stepz=3;", "NAME=VALUE, for ara NAME is one of: steps, ")
     ),
     "set-no-value": Case(option("--method", "ara", "--set", "steps"), ("set: steps;", "NAME=VALUE")),
-    "set-nothing-to-set": Case(option("--set", "steps=3"), ("set: steps=3;", "for rankwise NAME is one of: none")),
+    "set-nothing-to-set": Case(option("--set", "steps=3"), ("set: steps=3;", "NAME is one of: channel_multiple")),
     "set-wrong-type": Case(
         option("--method", "ara", "--set", "steps=many"), ("steps: many;", "allowed: a whole number")
     ),

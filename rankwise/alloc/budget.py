@@ -69,9 +69,16 @@ def require_choices(choices: dict[str, Choices], multiple: int) -> None:
             raise RankwiseError("rank_multiple", multiple, f"too large for {name}; {allowed}")
 
 
-def require_reachable(choices: dict[str, Choices], target: float, total: int) -> None:
-    """Raise a RankwiseError if even the smallest (largest) choices miss `target` parameters."""
-    lowest = sum(int(entry.cost[0]) for entry in choices.values())
+def require_reachable(choices: dict[str, Choices], target: float, total: int, narrower: float = 1.0) -> None:
+    """Raise a RankwiseError if even the smallest (largest) choices miss `target` parameters.
+
+    Args:
+        choices: of every layer.
+        target: parameters.
+        total: of the dense model.
+        narrower: share of the smallest choices that may be left when layers have lost channels.
+    """
+    lowest = narrower * sum(int(entry.cost[0]) for entry in choices.values())
     highest = sum(int(entry.cost[-1]) for entry in choices.values())
     if not lowest <= target <= highest:
         found = f"{target / total:.4g}"

@@ -38,7 +38,8 @@ def test_none_is_the_methods_own_default() -> None:
         ("ara", "steps=3.5", ["steps", "3.5", "whole number"]),
         ("ara", "faithful=maybe", ["faithful", "maybe", "true", "false"]),
         ("ara", "start=nowhere", ["start", "nowhere", "uniform"]),
-        ("global", "steps=3", ["set", "none"]),
+        ("global", "steps=3", ["set", "channel_multiple"]),
+        ("uniform", "steps=3", ["set", "none"]),
         ("magic", "steps=3", ["method", "magic", "rankwise"]),
     ],
 )

@@ -110,13 +110,10 @@ class Method:
         """
         self.check_keep(shapes)
         choices = self.choices(shapes, {name: np.zeros(min(shape)) for name, shape in shapes.items()})
-        early = total is None
+        narrower = LEAST if total is None and self.width_multiple else 1.0  # channels are not known before
         total = sum(m * n for m, n in shapes.values()) if total is None else total
         require_choices(choices, self.rank_multiple)
-        lowest = sum(int(entry.cost[0]) for entry in choices.values())
-        if early and self.width_multiple and LEAST * lowest <= self.ratio * total <= total:
-            return  # channels may bring it there; asked again when they are known
-        require_reachable(choices, self.ratio * total, total)
+        require_reachable(choices, self.ratio * total, total, narrower)
 
     def check_keep(self, shapes: dict[str, tuple[int, int]]) -> None:
         """Raise a RankwiseError if a pattern of `keep` names no layer."""
