@@ -5,7 +5,6 @@ are made once for every calibration and shared by the cases that have it.
 """
 
 import argparse
-import hashlib
 import json
 import resource
 import subprocess
@@ -29,6 +28,7 @@ from rankwise.alloc.store import FactorStore
 from rankwise.alloc.teacher import Teacher
 from rankwise.evaluate import perplexity
 from rankwise.factoring import factors_name, make_factors
+from rankwise.files import digest
 from rankwise.pipeline import compress
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
@@ -85,7 +85,7 @@ class Case:
     @property
     def key(self) -> str:
         """Short and safe as a folder's name."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return digest(asdict(self), 12)
 
 
 def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, Any]]:
@@ -152,8 +152,7 @@ def put(case: Case, calibration: Calibration, tokenizer: Any, options: argparse.
     found = {"measured_ratio": plan.ratio, "kinds": plan.counts(), "options": method.options()}
     found["shares"] = [round(spec.ratio, 4) for _, spec in plan]
     found["predicted_loss"] = sum(losses) if losses else None
-    train = train_windows(case.calibration, options, tokenizer)
-    fit, judges = torch.cat([train[: case.samples], calibration.windows]), case.judges(train)
+    fit, judges = refit_texts(case, calibration, tokenizer, options)
     target: FactorStore | Refitted = store
     if case.refit:
         target = refitted(calibration, plan, fit, judges, options.work)
@@ -171,11 +170,19 @@ def put(case: Case, calibration: Calibration, tokenizer: Any, options: argparse.
     return found | {"healed": {"before": healed.before, "after": healed.best, "lr": how.lr}}
 
 
+def refit_texts(
+    case: Case, calibration: Calibration, tokenizer: Any, options: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows that a refit is fitted to, and those that judge."""
+    train = train_windows(case.calibration, options, tokenizer)
+    return torch.cat([train[: case.samples], calibration.windows]), case.judges(train)
+
+
 def refitted(calibration: Calibration, plan: RankPlan, fit: torch.Tensor, judges: torch.Tensor, work: Path) -> Refitted:
     """The plan's factors, refitted or found: rows with the same plan share them."""
     text = {"fitted": hash_windows(fit), "judges": hash_windows(judges)}
     identity = {"layers": plan.to_dict()["layers"], "curvature": calibration.curvature.identity, **text}
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    name = digest(identity, 12)
     into = Refitted(work / "refit" / name, calibration.factors, identity)
     model, store, curvature = calibration.model, calibration.factors, calibration.curvature
     return refit(model, plan, store, curvature, fit, judges, into, device=CPU, track=on_terminal)

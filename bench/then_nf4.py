@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.harness import Case, calibrate, identity, kept_rows, metric, parse, refitted, require_metric
+from bench.harness import Case, calibrate, identity, kept_rows, metric, parse, refit_texts, refitted, require_metric
 from bench.methods import cases
-from bench.texts import test_windows, train_windows
+from bench.texts import test_windows
 from rankwise.anatomy import weight_of
 from rankwise.engine.checkpoint import save
 from rankwise.evaluate import perplexity
@@ -53,8 +53,7 @@ def build(case: Case, options: argparse.Namespace) -> tuple[Any, Any, RankPlan]:
     model, tokenizer = load_model(options.model, options.dtype)
     calibration, _ = calibrate(case, model, tokenizer, options)
     plan = RankPlan.load(options.work / "plans" / f"{case.key}.json")
-    train = train_windows(case.calibration, options, tokenizer)
-    fit, judges = torch.cat([train[: case.samples], calibration.windows]), case.judges(train)
+    fit, judges = refit_texts(case, calibration, tokenizer, options)
     factors = refitted(calibration, plan, fit, judges, options.work) if case.refit else calibration.factors
     compress(model, plan, factors, track=on_terminal)
     return model, tokenizer, plan

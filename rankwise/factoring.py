@@ -8,8 +8,9 @@ import torch
 from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.store import FactorStore, factorize_model
-from rankwise.alloc.widths import choose_channels, digest
+from rankwise.alloc.widths import choose_channels
 from rankwise.errors import RankwiseError
+from rankwise.files import digest
 from rankwise.progress import Track, silent
 from rankwise.zoo import resolve_device
 
@@ -35,7 +36,7 @@ def measure_factors(
 
 def factors_name(method: Method) -> str:
     """A folder's name: where channels may go, the whole method decides what is factored."""
-    return f"factors-{method.sides}" + (f"-{digest(method.options())}" if method.width_multiple else "")
+    return f"factors-{method.sides}" + (f"-{digest(method.options(), 8)}" if method.width_multiple else "")
 
 
 def make_factors(

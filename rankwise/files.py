@@ -74,6 +74,11 @@ def json_ready(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+def digest(data: Any, digits: int) -> str:
+    """Hex digits that stand for JSON-ready data, for names of folders."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:digits]
+
+
 def read_json(path: Path) -> Any:
     """Read JSON, or raise a RankwiseError that names the file."""
     try:

@@ -111,8 +111,10 @@ def compress(
             advance()
     if isinstance(store, Refitted):
         for name, module in linears.items():
-            weight_of(module).copy_(store.weight(name, weight_of(module)))
-            _require_finite(f"{name}.weight", weight_of(module))
+            own = weight_of(module)
+            if (weight := store.weight(name, own)) is not own:
+                own.copy_(weight)
+                _require_finite(f"{name}.weight", own)
     attach(model, plan.compressed, plan.embeddings)
     return model
 

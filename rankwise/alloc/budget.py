@@ -1,6 +1,7 @@
 """Exact budgets: what a layer may become, what that costs, and filling a budget to the last step."""
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from rankwise.errors import RankwiseError
 from rankwise.plan import layer_parameters
 
+STEPS = 200  # halvings of the multiplier's range; far beyond what fp64 can tell apart
 NEARBY = 6  # choices above and below a layer's own that `tighten` tries
 
 
@@ -84,6 +86,20 @@ def require_reachable(choices: dict[str, Choices], target: float, total: int, na
         found = f"{target / total:.4g}"
         allowed = f"these kinds and this rank multiple reach {lowest / total:.4g} to {highest / total:.4g}"
         raise RankwiseError("ratio", found, allowed)
+
+
+def multiplier(cost: Callable[[float], int], target: float) -> tuple[float, float]:
+    """The Lagrange multipliers next to a budget: at the first more is spent than it, at the second it is met.
+
+    Args:
+        cost: what is spent where a unit of cost is worth so much loss; falls.
+        target: the budget.
+    """
+    low, high = -80.0, 80.0  # log λ: all that may be dense, all as small as may be
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(float(np.exp(middle))) <= target else (middle, high)
+    return float(np.exp(low)), float(np.exp(high))
 
 
 def cost_of(choices: dict[str, Choices], picked: dict[str, int]) -> int:

@@ -63,22 +63,22 @@ class Block:
         if mlp is not None and len(self.counts) > 1 and all(known[name] for name in shared):
             reader = weights[mlp.reader], *metric[mlp.reader]
             found["order"], found["losses"] = removal_order(*reader, self.counts[-1])
-        for lost in () if planned else self.counts if found else [0]:
-            found |= self._spectra(lost, found.get("order"), weights, metric, known)
+        for name, w in () if planned else weights.items():  # infinite where the text never reached the layer
+            endless = torch.full((min(w.shape),), torch.inf, dtype=torch.float64)
+            found[f"{name}.0"] = spectrum(w, *metric[name]) if known[name] else endless
+        for lost in self.counts[1:] if "order" in found and not planned else ():
+            found |= self._narrower(lost, found["order"], weights, metric)
         write_tensors(self.path, {name: tensor.cpu() for name, tensor in found.items()}, {})
 
-    def _spectra(
+    def _narrower(
         self,
         lost: int,
-        order: torch.Tensor | None,
+        order: torch.Tensor,
         weights: dict[str, torch.Tensor],
         metric: dict[str, tuple[torch.Tensor, torch.Tensor]],
-        known: dict[str, bool],
     ) -> dict[str, torch.Tensor]:
-        """Of the layers that lose channels, or of all where none do; infinite where the text never reached one."""
-        if not lost or order is None or self.mlp is None:
-            endless = {name: torch.full((min(w.shape),), torch.inf).double() for name, w in weights.items()}
-            return {f"{n}.0": spectrum(w, *metric[n]) if known[n] else endless[n] for n, w in weights.items()}
+        """Spectra of the layers that lose channels."""
+        assert self.mlp is not None
         reader, (inputs, outputs) = self.mlp.reader, metric[self.mlp.reader]
         kept = kept_of(order, lost, len(inputs))
         new = without(weights[reader], inputs, kept)

@@ -58,12 +58,6 @@ class FactorStore:
         """What is left of a layer's weight `[m, n]` before it is factored; the weight itself where all is."""
         return dense if self.channels is None else self.channels.cut(name, dense)
 
-    def restrict(
-        self, name: str, inputs: torch.Tensor, outputs: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A layer's C and F, of the features that it still has."""
-        return (inputs, outputs) if self.channels is None else self.channels.restrict(name, inputs, outputs)
-
     def rows(self, name: str) -> torch.Tensor | None:
         """The outputs that a layer keeps; None: all."""
         return None if self.channels is None else self.channels.rows(name)

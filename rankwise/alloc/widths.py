@@ -5,8 +5,6 @@ least (`alloc.removal`). A block then has one curve of loss against parameters f
 meets the budget picks width and ranks together. The ranks are chosen once more, exactly, when the factors are there.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rankwise.alloc.budget import multiplier
 from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.methods.base import LEAST, Method
@@ -24,6 +23,7 @@ from rankwise.alloc.stream import BlockStream
 from rankwise.anatomy import block_linears, features, weight_of
 from rankwise.distributed import barrier, is_main
 from rankwise.errors import RankwiseError
+from rankwise.files import digest
 from rankwise.jobs import claim
 from rankwise.progress import Track, silent
 
@@ -59,7 +59,7 @@ def choose_channels(
     linears = block_linears(model)
     originals = [{name: features(m) for name, m in block.items()} for block in linears]
     asked = {"options": method.options(), "planned": planned}
-    channels = Channels(folder / f"channels-{digest(asked)}", originals, asked | curvature.identity)
+    channels = Channels(folder / f"channels-{digest(asked, 8)}", originals, asked | curvature.identity)
     if is_main():
         claim(channels.folder, "channels", channels.identity)
         if not all(channels.file(index).exists() for index in range(len(linears))):
@@ -81,7 +81,7 @@ def _survey(
     """The blocks, how many channels of each may go, and a folder for what that costs."""
     counts = [_counts(mlp, block, method, planned) for mlp, block in zip(mlps, linears, strict=True)]
     asked = {"lost": counts, "planned": planned is not None}
-    place = folder / f"spectra-{digest(asked)}"
+    place = folder / f"spectra-{digest(asked, 8)}"
     claim(place, "spectra", asked | curvature.identity)
     parts = enumerate(zip(linears, mlps, counts, strict=True))
     return [Block(i, block, mlp, lost, place / f"spectra_{i:03d}.safetensors") for i, (block, mlp, lost) in parts]
@@ -148,28 +148,19 @@ def _find(
 
 def _pick(blocks: list[list[Option]], target: float) -> list[Option]:
     """The options of least loss at a budget of parameters, or just above it: their ranks come down to it afterwards."""
-    low, high = -80.0, 80.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        cost = sum(cost for _, cost, _ in _best(blocks, float(np.exp(middle))))
-        low, high = (low, middle) if cost <= target else (middle, high)
-    above = [option for _, _, option in _best(blocks, float(np.exp(low)))]
+    low, high = multiplier(lambda price: sum(cost for _, cost, _ in _best(blocks, price)), target)
+    above = [option for _, _, option in _best(blocks, low)]
     least = sum(int(layer.cost[0]) for option in above for layer in option.layers)
-    return above if least <= target else [option for _, _, option in _best(blocks, float(np.exp(high)))]
+    return above if least <= target else [option for _, _, option in _best(blocks, high)]
 
 
-def _best(blocks: list[list[Option]], multiplier: float) -> Iterator[tuple[float, int, Option]]:
-    """Of each block the option with the least loss plus price, that sum, and its parameters."""
+def _best(blocks: list[list[Option]], price: float) -> Iterator[tuple[float, int, Option]]:
+    """Of each block the option of least loss plus price times parameters: that sum, its parameters, and the option."""
     for options in blocks:
         found = []
         for option in options:
-            at = [int(np.argmin(layer.loss + multiplier * layer.cost)) for layer in option.layers]
+            at = [int(np.argmin(layer.loss + price * layer.cost)) for layer in option.layers]
             cost = sum(int(layer.cost[i]) for layer, i in zip(option.layers, at, strict=True))
             loss = 2 * option.loss + sum(float(layer.loss[i]) for layer, i in zip(option.layers, at, strict=True))
-            found.append((loss + multiplier * cost, cost, option))
+            found.append((loss + price * cost, cost, option))
         yield min(found, key=lambda entry: entry[0])
-
-
-def digest(what: Any) -> str:
-    """Eight hex digits that stand for JSON-ready data, for names of folders."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]

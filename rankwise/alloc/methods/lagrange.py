@@ -5,11 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from rankwise.alloc.budget import Choices, cost_of, fill
+from rankwise.alloc.budget import Choices, cost_of, fill, multiplier
 from rankwise.alloc.methods.base import Method, Scores
 from rankwise.config import check_count
-
-STEPS = 200  # halvings of the multiplier's range; far beyond what fp64 can tell apart
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,9 @@ class Global(Method):
         return self.channel_multiple if self.two_sided else 0
 
     def _pick(self, choices: dict[str, Choices], scores: Scores, target: float) -> dict[str, int]:
-        low, high = -80.0, 80.0  # log λ: all that may be dense, all as small as may be
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            if cost_of(choices, _minimise(choices, np.exp(middle))) <= target:
-                high = middle
-            else:
-                low = middle
-        return fill(choices, _minimise(choices, np.exp(high)), target)
+        _, price = multiplier(lambda price: cost_of(choices, _minimise(choices, price)), target)
+        return fill(choices, _minimise(choices, price), target)
 
 
-def _minimise(choices: dict[str, Choices], multiplier: float) -> dict[str, int]:
-    return {name: int(np.argmin(entry.loss + multiplier * entry.cost)) for name, entry in choices.items()}
+def _minimise(choices: dict[str, Choices], price: float) -> dict[str, int]:
+    return {name: int(np.argmin(entry.loss + price * entry.cost)) for name, entry in choices.items()}
