@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error
+from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error, summed_in_order
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rankwise.errors import RankwiseError
@@ -123,7 +123,7 @@ def test_groups_of_any_shape(data: st.DataObject) -> None:
 @needs_triton
 def test_packed_is_what_the_layers_are_alone_to_the_bit() -> None:
     members, x = mixed(torch.float32), draw(2, N, dtype=torch.float32)
-    with in_triton():
+    with in_triton(), summed_in_order():
         y = packed_linear(x, pack(members))
         single = torch.cat([packed_linear(x, pack([m])) for m in members], -1)
     assert torch.equal(y, single)

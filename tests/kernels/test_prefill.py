@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import Pages, exact, paged
-from tensors import BACKENDS, DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error, running
+from tensors import (
+    BACKENDS,
+    DEVICE,
+    TOLERANCE,
+    TRITON_DTYPES,
+    draw,
+    in_triton,
+    needs_triton,
+    relative_error,
+    running,
+    summed_in_order,
+)
 
 from rankwise.kernels.attention import decode_attention
 from rankwise.kernels.prefill import prefill_attention
@@ -80,7 +91,7 @@ def test_chunks_make_no_difference(dtype: torch.dtype, backend: str | None, wind
 def test_a_token_is_the_same_bits_in_any_chunk(dtype: torch.dtype) -> None:
     pages = paged([50], 2, 64, 8, dtype)
     q = draw(50, 6, 64, dtype=dtype)
-    with in_triton():
+    with in_triton(), summed_in_order():
         assert torch.equal(prefill(q[13:], pages, [37]), prefill(q, pages, [50])[13:])
 
 

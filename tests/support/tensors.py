@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,26 @@ def in_triton() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
+def summed_in_order() -> Iterator[None]:
+    """The interpreter's dot adds one product at a time, so an element's bits do not depend on where it stands.
+
+    It calls numpy's matmul, and the BLAS behind that sums the rows and columns at a tile's edge in another order on
+    some processors. Compiled kernels are left as they are.
+    """
+
+    def in_order(a: np.ndarray, b: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+        a, b = a.astype(dtype or a.dtype), b.astype(dtype or b.dtype)
+        total = a[..., :, :1] * b[..., :1, :]
+        for k in range(1, a.shape[-1]):
+            total = total + a[..., :, k : k + 1] * b[..., k : k + 1, :]
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "matmul", in_order)
+        yield
 
 
 BACKENDS = [
