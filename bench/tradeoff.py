@@ -33,7 +33,7 @@ from rankwise.alloc.rounder import Rounder
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.budgets import make_budget
-from rankwise.candidates import choose
+from rankwise.candidates import Candidate, choose
 from rankwise.evaluate import perplexity
 from rankwise.pipeline import compress
 from rankwise.plan import KINDS, RankPlan
@@ -102,7 +102,8 @@ class Bench:
             return plan_within(method, self.store, choices, budget)
 
         plans = near_plans(Global(), self.store, self.table, precisions, "bf16", within, CANDIDATES)
-        return choose(plans, self.model, self.store, self.rounder(), self.judges, CPU, on_terminal)
+        candidates = {name: Candidate(plan, self.store, self.rounder()) for name, plan in plans.items()}
+        return choose(candidates, self.model, self.judges, CPU, on_terminal).plan
 
     def rounder(self) -> Rounder:
         """Rounding by what the curvature says."""

@@ -7,6 +7,7 @@ rounding included, and the one with the least loss on windows that the input mom
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,50 +23,61 @@ from rankwise.room import roomy
 MARGIN = 2e-3  # nats a token: what so few windows cannot tell apart; the prediction decides then
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, and how it is carried out.
+
+    Args:
+        plan: kinds, ranks and precisions.
+        store: the factors that it was made from.
+        rounding: as the job rounds; what it keeps on disk is found again when the plan is carried out for good.
+    """
+
+    plan: RankPlan
+    store: FactorStore
+    rounding: Rounding
+
+
 def choose(
-    plans: dict[str, RankPlan],
+    candidates: dict[str, Candidate],
     model: Any,
-    store: FactorStore,
-    rounding: Rounding,
     judges: torch.Tensor,
     device: torch.device,
     track: Track,
-) -> RankPlan:
-    """The plan of least loss on some windows; the first one where none is clearly better, or there are no windows.
+) -> Candidate:
+    """The one of least loss on some windows; the first one where none is clearly better, or there are no windows.
 
     Args:
-        plans: by what they were chosen from, from `rounded.byte_plans`, the least predicted loss first.
+        candidates: by what they were chosen from, the least predicted loss first.
         model: dense; as it was afterwards.
-        store: its factors.
-        rounding: as the job rounds; what it keeps on disk is found again when the chosen plan is carried out for good.
         judges: `[N, T]` token ids.
         device: where the compressed models run, if they fit.
         track: progress.
 
     Returns:
-        The plan, all of them named in `provenance["candidates"]` with predicted and measured loss, nats a token.
+        That one; its plan's `provenance["candidates"]` names all with predicted and measured loss, nats a token.
     """
     losses: dict[str, float] = {}
-    if len(plans) > 1 and len(judges):
-        for name, plan in plans.items():
-            with carried_out(plan, model, store, rounding, track):
+    if len(candidates) > 1 and len(judges):
+        for name, candidate in candidates.items():
+            with carried_out(candidate, model, track):
                 losses[name] = math.log(perplexity(model.to(roomy(device, model)), judges, track=track))
                 model.to("cpu")
-    first = next(iter(plans))
-    best = min(plans, key=lambda name: losses.get(name, math.inf))
+    first = next(iter(candidates))
+    best = min(candidates, key=lambda name: losses.get(name, math.inf))
     if losses and losses[first] - losses[best] < MARGIN:
         best = first
-    tried = [{"of": name, "predicted": plans[name].loss, "measured": losses.get(name)} for name in plans]
-    plans[best].provenance["candidates"] = tried
-    return plans[best]
+    tried = [{"of": n, "predicted": c.plan.loss, "measured": losses.get(n)} for n, c in candidates.items()]
+    candidates[best].plan.provenance["candidates"] = tried
+    return candidates[best]
 
 
 @contextmanager
-def carried_out(plan: RankPlan, model: Any, store: FactorStore, rounding: Rounding, track: Track) -> Iterator[None]:
+def carried_out(candidate: Candidate, model: Any, track: Track) -> Iterator[None]:
     """The model as a plan makes it; afterwards its own layers are back. Both are in memory meanwhile."""
-    own = {name: model.get_submodule(name) for name in plan.compressed}
+    own = {name: model.get_submodule(name) for name in candidate.plan.compressed}
     try:
-        compress(model, plan, store, rounding=rounding, track=track)
+        compress(model, candidate.plan, candidate.store, rounding=candidate.rounding, track=track)
         yield
     finally:
         for name, module in own.items():

@@ -8,12 +8,13 @@ import torch
 
 from rankwise.alloc.curvature import Curvature, hash_windows
 from rankwise.alloc.heal import HealConfig, heal
+from rankwise.alloc.near import nearest_of
 from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
 from rankwise.alloc.teacher import Teacher
 from rankwise.anatomy import linear_shapes
-from rankwise.candidates import choose
+from rankwise.candidates import Candidate, choose
 from rankwise.config import CompressConfig
 from rankwise.distributed import from_main, is_main
 from rankwise.engine.checkpoint import PLAN, save
@@ -27,7 +28,7 @@ from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
 from rankwise.quantize import Rounding, nearest
 from rankwise.room import require_room_for, roomy
-from rankwise.rounded import byte_plans, make_rounding, require_budget
+from rankwise.rounded import byte_plans, make_rounding, narrowed, require_budget
 from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_scores
 from rankwise.storage import Precision
 from rankwise.weights import needs_curvature, needs_factors, require_fit, rounding_plan
@@ -128,7 +129,10 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
         plan.provenance = provenance(config, identity, weights)
         return plan, None, curvature
     store, curvature = measure(work, work.folder / FACTORS, given)
-    plan, _ = _plan(work, given, store, curvature)
+    if config.budget is None:
+        plan, _ = _plan(work, given, store, curvature)
+    else:
+        plan, store = _plan_bytes(work, store, curvature)
     plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
     plan.provenance |= provenance(config, curvature.identity, weights)
     return plan, _refit(work, plan, store, curvature) if config.refits else store, curvature
@@ -164,23 +168,28 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
     if given is not None:
         check_factors(given, store)
         return config.method.restate(given, store, weights), None
-    if config.budget is not None:
-        return _plan_bytes(work, store, curvature), None
     if not config.method.learns:
         return config.method.allocate(store, weights), None
     plan, calibration = learn_plan(work, store, curvature)
     return plan, calibration.learnt
 
 
-def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> RankPlan:
-    """The best plan under a byte budget that was tried."""
+def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> tuple[RankPlan, FactorStore]:
+    """The best plan under a byte budget that was tried, and its factors: of all channels, or of those that stay."""
     config, model = work.config, work.model
-    plans = byte_plans(config, model, store, curvature, work.folder / "rounding", work.track)
-    rounding: Rounding = nearest
-    if config.feeds_back:
-        rounding = _rounding(work, curvature, store, fitted=False)
-    judges = work.windows["judges"]
-    return choose(plans, model, store, rounding, judges, resolve_device(config.device), work.track)
+    stores = {"": store}
+    if config.narrows and (narrow := narrowed(work, store, curvature)):
+        stores["fewer channels, "] = narrow
+    plans: dict[str, RankPlan] = {}
+    for of, some in stores.items():
+        plans |= {of + name: plan for name, plan in byte_plans(work, some, curvature).items()}
+    candidates: dict[str, Candidate] = {}
+    for name, plan in nearest_of(plans, config.candidates).items():
+        some = next(stores[of] for of in reversed(stores) if name.startswith(of))
+        rounding = _rounding(work, curvature, some, fitted=False) if config.feeds_back else nearest
+        candidates[name] = Candidate(plan, some, rounding)
+    best = choose(candidates, model, work.windows["judges"], resolve_device(config.device), work.track)
+    return best.plan, best.store
 
 
 def _rounding(work: Work, curvature: Curvature, factors: FactorStore | Refitted | None, *, fitted: bool) -> Rounding:

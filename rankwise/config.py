@@ -165,6 +165,11 @@ class CompressConfig:
         return self.rounding == "feedback" or (self.rounding is None and self.scores is None)
 
     @property
+    def narrows(self) -> bool:
+        """True if channels may be taken out of MLPs; scores have no budget, and a plan says itself which go."""
+        return self.method.width_multiple > 0 and not (self.plan or self.scores or self.score_only)
+
+    @property
     def refits(self) -> bool:
         """True if factors are to be refitted."""
         if self.scores or self.score_only:

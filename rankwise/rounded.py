@@ -8,36 +8,35 @@ import torch
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.joint import StoredChoices, plan_within, require_bytes
 from rankwise.alloc.methods.base import Method
+from rankwise.alloc.narrow import byte_budget
 from rankwise.alloc.near import near_plans
-from rankwise.alloc.precisions import measure_rounding
+from rankwise.alloc.precisions import RoundingTable, measure_rounding
 from rankwise.alloc.rounder import Rounder
 from rankwise.alloc.store import FactorStore
+from rankwise.alloc.widths import plan_widths
 from rankwise.anatomy import block_linears, linear_shapes, weight_of
 from rankwise.budgets import ByteBudget, checkpoint_bytes
 from rankwise.config import CompressConfig
 from rankwise.engine.embeddings import coded_tensors
 from rankwise.errors import RankwiseError
+from rankwise.factoring import make_factors
+from rankwise.files import digest
 from rankwise.plan import LayerSpec, RankPlan
-from rankwise.progress import Track
+from rankwise.work import Work
 from rankwise.zoo import model_dtype, resolve_device
 
 TRIES = 6  # plans until a checkpoint's size meets the budget: what is beside the layers depends on them a little
 
 
-def byte_plans(
-    config: CompressConfig, model: Any, store: FactorStore, curvature: Curvature, folder: Path, track: Track
-) -> dict[str, RankPlan]:
+def byte_plans(work: Work, store: FactorStore, curvature: Curvature) -> dict[str, RankPlan]:
     """Plans under the job's byte budget: kind, rank and precision of every layer.
 
     One is the best of all choices; others are the best of fewer, as far as their predicted loss is near.
 
     Args:
-        config: with a `budget`.
-        model: dense.
-        store: its factors.
+        work: a job with a `budget`; its model is dense.
+        store: factors of the model, or of what is left of it.
         curvature: of the model.
-        folder: for the table of what rounding costs.
-        track: progress.
 
     Returns:
         At most `config.candidates`, by what they were chosen from, the least predicted loss first.
@@ -45,14 +44,39 @@ def byte_plans(
     Raises:
         RankwiseError: the budget is below the smallest plan.
     """
-    method, dtype, device = config.method, model_dtype(model), resolve_device(config.device)
-    precisions = _budget(config).for_model(dtype)
-    table = measure_rounding(model, curvature, store, precisions, method.kinds, folder, device=device, track=track)
+    config, dtype = work.config, model_dtype(work.model)
+    precisions, table = _budget(config).for_model(dtype), _table(work, store, curvature)
 
     def within(method: Method, choices: dict[str, StoredChoices]) -> RankPlan:
-        return _within(config, method, store, choices, model)
+        return _within(config, method, store, choices, work.model)
 
-    return near_plans(method, store, table, precisions, dtype, within, config.candidates)
+    return near_plans(config.method, store, table, precisions, dtype, within, config.candidates)
+
+
+def narrowed(work: Work, store: FactorStore, curvature: Curvature) -> FactorStore | None:
+    """Factors of what is left when MLPs have lost the channels that the job's bytes are better spent without.
+
+    None where no MLP loses any. Arguments are those of `byte_plans`; the store has all channels.
+    """
+    config, model, folder = work.config, work.model, work.folder
+    dtype, device, track = model_dtype(model), resolve_device(config.device), work.track
+    window, target = work.windows["inputs"][:1], linear_target(config, model)
+    table = _table(work, store, curvature)
+    budget = byte_budget(config.method, store, table, _budget(config).for_model(dtype), target, dtype)
+    where = model, curvature, config.method, window
+    widths = plan_widths(*where, folder, budget, device=device, track=track)
+    if not widths:
+        return None
+    return make_factors(*where, folder / f"narrow-{digest(widths, 8)}", widths, device=device, track=track)
+
+
+def _table(work: Work, store: FactorStore, curvature: Curvature) -> RoundingTable:
+    """What rounding costs."""
+    config, device = work.config, resolve_device(work.config.device)
+    precisions = _budget(config).for_model(model_dtype(work.model))
+    folder = work.folder / ("rounding" if store.channels is None else f"rounding-{store.folder.name}")
+    given = work.model, curvature, store, precisions, config.method.kinds, folder
+    return measure_rounding(*given, device=device, track=work.track)
 
 
 def _within(

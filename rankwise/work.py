@@ -63,12 +63,12 @@ def measure_held_out(work: Work, curvature: Curvature) -> Curvature | None:
 def measure(work: Work, folder: Path, given: RankPlan | None = None) -> tuple[FactorStore, Curvature]:
     """Curvature and factors; output gradients also where only the refit asks for them.
 
-    Channels are taken out where a plan that is to be carried out says so, or under a budget of parameters: scores have
-    no budget, and one of bytes does not know them.
+    Channels are taken out where a plan that is to be carried out says so, or under a budget of parameters; one of bytes
+    asks what rounding costs before (`rounded.narrowed`).
     """
     config = work.config
     planned = {n: s.in_features for n, s in given or () if s.in_features < s.original_shape[1]}
-    free = given is None and config.budget is None and not config.score_only
+    free = config.narrows and config.budget is None
     moments = config.curvature or work.folder / "curvature"
     gradients = work.windows["gradients"] if config.method.two_sided or config.refits else None
     where = moments, folder, config.device, config.text.seed, work.track

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fourbit import wide_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import open_checkpoint, verify
 from rankwise.errors import RankwiseError
 from rankwise.storage import Precision
+from rankwise.zoo import load_model
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,29 @@ def test_what_is_kept_stays(config: Callable[..., CompressConfig]) -> None:
     assert {spec.weights for name, spec in plan if not name.endswith("down_proj")} == {"int4"}
     with pytest.raises(RankwiseError, match=r"^keep: \*.wi; a pattern that layers match"):
         compress_to_folder(config("c", few(None, 9.0), rankwise.Global(keep=("*.wi",))))
+
+
+@pytest.mark.parametrize("bits", [3.0, 20.0])
+def test_channels_go_where_bytes_are_better_spent_without(
+    bits: float, config: Callable[..., CompressConfig], tmp_path: Path
+) -> None:
+    method = rankwise.Global(rank_multiple=1, channel_multiple=32, tolerance=0.005)
+    plan = compress_to_folder(config("a", few(None, bits), method, candidates=6))
+    tried = plan.provenance["candidates"]
+    narrow = [entry for entry in tried if entry["of"].startswith("fewer channels, ")]
+    assert narrow
+    if bits < 4:  # the tiny model's channels are all alike: ranks alone are predicted to lose more
+        assert narrow[0] is tried[0]
+    assert tried == sorted(tried, key=lambda entry: entry["predicted"])
+    assert all(entry["measured"] is not None for entry in tried if len(tried) > 1)
+    best = min(tried, key=lambda entry: entry["measured"] or 0.0)
+    assert bits * 0.985 < plan.bits <= bits
+    assert 8 * plan.bytes / plan.dense_parameters == pytest.approx(plan.bits)
+    if len(tried) == 1 or tried[0]["measured"] - best["measured"] > 2e-3:
+        assert any(spec.dense_shape for _, spec in plan) == best["of"].startswith("fewer channels, ")
+    assert verify(tmp_path / "a") >= 6
+    small = load_model(str(tmp_path / "a"))[0]
+    assert torch.isfinite(small(torch.arange(2, 34)[None]).logits).all()
 
 
 def test_a_refit_and_healing_come_before_rounding(config: Callable[..., CompressConfig], tmp_path: Path) -> None:

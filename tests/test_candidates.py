@@ -14,12 +14,12 @@ import rankwise
 from rankwise.alloc.curvature import collect
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears
-from rankwise.candidates import choose
+from rankwise.candidates import Candidate, choose
 from rankwise.evaluate import perplexity
 from rankwise.pipeline import compress
 from rankwise.plan import RankPlan
 from rankwise.progress import silent
-from rankwise.quantize import nearest
+from rankwise.quantize import Rounding, nearest
 from rankwise.storage import Precision
 
 CPU = torch.device("cpu")
@@ -38,17 +38,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, FactorStore, 
     return model, store, {"low": replace(low, layers=claimed), "rounded": rounded, "high": high}
 
 
+def judged(source: Any, *names: str, rounding: Rounding = nearest, windows: torch.Tensor = WINDOWS[6:]) -> RankPlan:
+    """What is chosen among some of the plans."""
+    model, store, plans = source
+    candidates = {name: Candidate(plans[name], store, rounding) for name in names}
+    return choose(candidates, model, windows, CPU, silent).plan
+
+
 def test_the_least_measured_loss_decides(source: Any) -> None:
     model, store, plans = source
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    chosen = choose(plans, model, store, nearest, WINDOWS[6:], CPU, silent)
+    chosen = judged(source, *plans)
     measured = {
         name: math.log(perplexity(compress(deepcopy(model), plan, store, rounding=nearest), WINDOWS[6:]))
         for name, plan in plans.items()
     }
     assert chosen is plans[min(measured, key=lambda name: measured[name])]
-    turned = dict(reversed(plans.items()))
-    assert choose(turned, model, store, nearest, WINDOWS[6:], CPU, silent) is chosen
+    assert judged(source, *reversed(plans)) is chosen
     told = {entry["of"]: entry["measured"] for entry in chosen.provenance["candidates"]}
     assert told == pytest.approx(measured)
     assert next(x for x in chosen.provenance["candidates"] if x["of"] == "low")["predicted"] == 0.0
@@ -60,25 +66,23 @@ def test_the_least_measured_loss_decides(source: Any) -> None:
 
 def test_where_text_cannot_tell_the_prediction_decides(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two plans that differ by less than the margin: the first one stays, whichever it is."""
-    model, store, plans = source
+    plans = source[2]
     monkeypatch.setattr("rankwise.candidates.MARGIN", 0.1)
     for names in (("high", "rounded"), ("rounded", "high")):
-        two = {name: plans[name] for name in names}
-        assert choose(two, model, store, nearest, WINDOWS[6:], CPU, silent) is plans[names[0]]
+        assert judged(source, *names) is plans[names[0]]
         first, second = (entry["measured"] for entry in plans[names[0]].provenance["candidates"])
         assert first != second
 
 
 def test_one_plan_is_not_tried(source: Any) -> None:
-    model, store, plans = source
-    only = {"low": plans["low"]}
-    assert choose(only, model, store, pytest.fail, WINDOWS[6:], CPU, silent) is plans["low"]
-    assert choose(plans, model, store, pytest.fail, WINDOWS[:0], CPU, silent) is plans["low"]
+    plans = source[2]
+    assert judged(source, "low", rounding=pytest.fail) is plans["low"]
+    assert judged(source, *plans, rounding=pytest.fail, windows=WINDOWS[:0]) is plans["low"]
     assert plans["low"].provenance["candidates"][0]["measured"] is None
 
 
 def test_a_model_survives_a_candidate_that_fails(source: Any) -> None:
-    model, store, plans = source
+    model = source[0]
     calls = 0
 
     def fails(*given: Any) -> dict[str, torch.Tensor]:
@@ -90,13 +94,12 @@ def test_a_model_survives_a_candidate_that_fails(source: Any) -> None:
 
     expected = model(WINDOWS[:1]).logits
     with pytest.raises(KeyboardInterrupt):
-        choose({"rounded": plans["rounded"], "high": plans["high"]}, model, store, fails, WINDOWS[6:], CPU, silent)
+        judged(source, "rounded", "high", rounding=fails)
     assert torch.equal(model(WINDOWS[:1]).logits, expected)
     assert block_linears(model)
 
 
 def test_a_checkpoint_of_the_model_is_no_compressed_one(source: Any, tmp_path: Path) -> None:
-    model, store, plans = source
-    choose(plans, model, store, nearest, WINDOWS[6:], CPU, silent)
-    model.save_pretrained(tmp_path)
+    judged(source, *source[2])
+    source[0].save_pretrained(tmp_path)
     assert "quantization_config" not in (tmp_path / "config.json").read_text()

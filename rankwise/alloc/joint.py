@@ -92,7 +92,7 @@ def joint_choices(
     smallest_bytes(method, scores.shapes, precisions, dtype)  # every layer may become something
     trust = trust or Trust()
     return {
-        name: stored_choices(method, name, scores, table, _allowed(method, name, precisions, dtype), trust)
+        name: stored_choices(method, name, scores, table, allowed(method, name, precisions, dtype), trust)
         for name in scores.shapes
     }
 
@@ -100,7 +100,7 @@ def joint_choices(
 def plan_within(method: Method, scores: Scores, choices: dict[str, StoredChoices], budget: int) -> RankPlan:
     """The plan of least loss among these choices whose layers take at most `budget` bytes; see `joint_plan`."""
     lowest = sum(int(entry.cost[0]) for entry in choices.values())
-    _require_at_least(lowest, budget, scores.shapes)
+    _require_at_least(lowest, budget, scores.originals)
     highest = sum(int(entry.cost[-1]) for entry in choices.values())
     if budget >= highest:
         picked = {name: len(entry.kind) - 1 for name, entry in choices.items()}
@@ -124,8 +124,8 @@ def smallest_bytes(
     """Bytes of the smallest plan; raises a RankwiseError if some layer may become nothing at all."""
     lowest = 0
     for name, (m, n) in shapes.items():
-        allowed = _allowed(method, name, precisions, dtype)
-        costs = [cost for kind, precision in allowed for cost in _costs(m, n, kind, precision, method.rank_multiple)[1]]
+        options = allowed(method, name, precisions, dtype)
+        costs = [cost for kind, precision in options for cost in _costs(m, n, kind, precision, method.rank_multiple)[1]]
         if not costs:
             raise RankwiseError(
                 "weights", f"nothing that {name} can be", "more precisions, or the kind dense, are needed"
@@ -146,17 +146,17 @@ def stored_choices(
     name: str,
     scores: Scores,
     table: RoundingTable,
-    allowed: Sequence[tuple[str, Precision]],
+    options: Sequence[tuple[str, Precision]],
     trust: Trust,
 ) -> StoredChoices:
     """What a layer may become, by rising bytes; a choice that another beats in bytes and loss is left out.
 
     Args:
-        allowed: kinds and precisions.
+        options: kinds and precisions.
     """
     (m, n), tail = scores.shapes[name], _tail(method, name, scores)
     rows: list[tuple[int, float, str, int, Precision]] = []
-    for kind, precision in allowed:
+    for kind, precision in options:
         ranks, costs = _costs(m, n, kind, precision, method.rank_multiple)
         if len(ranks):
             losses = _losses(tail, name, table, kind, ranks, precision, trust)
@@ -175,13 +175,18 @@ def priced(plan: RankPlan, method: Method, scores: Scores, table: RoundingTable)
     for name, spec in plan:
         tail = _tail(method, name, scores)
         loss = _losses(tail, name, table, spec.kind, np.array([spec.rank]), spec.precision, Trust())
-        layers[name] = replace(spec, loss=float(loss[0]))
+        layers[name] = replace(spec, loss=float(loss[0]) + _gone(name, scores))
     return replace(plan, layers=layers)
 
 
 def _tail(method: Method, name: str, scores: Scores) -> np.ndarray:
     """What a layer's components from each rank on are worth, nats a token, `[full rank + 1]`."""
     return np.concatenate([np.cumsum(method._worth(scores.energies[name])[::-1])[::-1], [0.0]]) / 2
+
+
+def _gone(name: str, scores: Scores) -> float:
+    """Predicted loss of the channels that a layer no longer reads, nats a token."""
+    return Trust().rank * scores.removed.get(name, 0.0)
 
 
 def _losses(
@@ -198,7 +203,7 @@ def _losses(
     return np.asarray(lost + trust.rounding * table.loss(name, kind, ranks, precision))
 
 
-def _allowed(method: Method, name: str, precisions: Sequence[Precision], dtype: str) -> list[tuple[str, Precision]]:
+def allowed(method: Method, name: str, precisions: Sequence[Precision], dtype: str) -> list[tuple[str, Precision]]:
     """Kinds and precisions that a layer may have."""
     if method.pins(name):
         return [("dense", Precision(dtype))]
@@ -222,4 +227,4 @@ def _costs(m: int, n: int, kind: str, precision: Precision, multiple: int) -> tu
 
 def _spec(method: Method, name: str, entry: StoredChoices, at: int, scores: Scores) -> LayerSpec:
     spec = method.spec(name, entry.kind[at], int(entry.rank[at]), scores, "bf16")
-    return replace(spec.stored_as(entry.precision[at]), loss=float(entry.loss[at]))
+    return replace(spec.stored_as(entry.precision[at]), loss=float(entry.loss[at]) + _gone(name, scores))

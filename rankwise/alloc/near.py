@@ -50,9 +50,14 @@ def near_plans(
             plan = priced(plan, method, store, table)
             if plan.layers not in [other.layers for other in found.values()]:
                 found[name] = plan
-    losses = {name: plan.loss or 0.0 for name, plan in found.items()}
-    ordered = sorted(found, key=lambda name: losses[name])
-    return {name: found[name] for name in ordered[:most] if losses[name] <= NEAR * losses[ordered[0]]}
+    return nearest_of(found, most)
+
+
+def nearest_of(plans: dict[str, RankPlan], most: int) -> dict[str, RankPlan]:
+    """The plan of least predicted loss and, of at most so many, those that are near it; the least first."""
+    losses = {name: plan.loss or 0.0 for name, plan in plans.items()}
+    ordered = sorted(plans, key=lambda name: losses[name])
+    return {name: plans[name] for name in ordered[:most] if losses[name] <= NEAR * losses[ordered[0]]}
 
 
 def _narrower(

@@ -83,7 +83,8 @@ def measure_rounding(
     """
     rounding = [precision for precision in precisions if precision.quantised]
     names = [str(precision) for precision in rounding]
-    claim(folder, "rounding", {"precisions": names, "kinds": list(kinds), **curvature.identity})
+    kept = {} if store.channels is None else {"channels": store.channels.identity}
+    claim(folder, "rounding", {"precisions": names, "kinds": list(kinds), **curvature.identity, **kept})
     blocks = block_linears(model)
     several = SAMPLE if len(blocks) >= 8 else 1
     sample = [(2 * i + 1) * len(blocks) // (2 * several) for i in range(several)]
@@ -123,10 +124,14 @@ class _Look:
     ) -> None:
         self.precisions, self.kinds, self.store, self.device = precisions, kinds, store, device
         self.inputs, self.outputs = curvature.metric(index)
+        if store.channels is not None:
+            pairs = {name: store.channels.restrict(name, c, self.outputs.get(name)) for name, c in self.inputs.items()}
+            self.inputs = {name: c for name, (c, _) in pairs.items()}
+            self.outputs = {name: f for name, (_, f) in pairs.items() if f is not None}
 
     def layer(self, name: str, weight: torch.Tensor, sampled: bool) -> dict[str, Any]:
         """Expected losses by precision and kind, and in the sample pairs (expected, measured)."""
-        weight = weight.to(self.device).double()
+        weight = self.store.weight(name, weight.to(self.device)).double()
         c = self.inputs[name].to(weight)
         f = self.outputs[name].to(weight) if name in self.outputs else None
         metric = (c, triangle(c)), None if f is None else (f, triangle(f))

@@ -1,8 +1,10 @@
 """One block at several widths of its MLP: what each loses, what its layers' spectra are then, and carrying one out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -10,11 +12,13 @@ from rankwise.alloc.budget import Choices
 from rankwise.alloc.channels import Channels, among
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.factors import definite, spectrum
-from rankwise.alloc.methods.base import Method
 from rankwise.alloc.mlps import Mlp
 from rankwise.alloc.removal import removal_order, without
 from rankwise.anatomy import features, weight_of
 from rankwise.files import open_tensors, write_tensors
+
+# Layer, its (out, in) and energies `[r]` at some width, to what it may become then.
+Chooser = Callable[[str, tuple[int, int], np.ndarray], Choices]
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Option:
 
     Args:
         lost: channels taken out.
-        loss: predicted for that alone, nats a token.
+        loss: predicted for that alone, in the units of the layers' losses.
         layers: the choices of the block's layers then.
     """
 
@@ -88,23 +92,22 @@ class Block:
             found[f"{name}.{lost}"] = spectrum(weights[name][kept], inputs, among(outputs, kept))
         return found
 
-    def options(self, method: Method) -> list[Option]:
-        """The widths, and what a method lets the layers become at each (in energies, which are twice the loss)."""
+    def options(self, choose: Chooser, removal: float) -> list[Option]:
+        """The widths, and what the layers may become at each; `removal` is what a nat counts in their losses' units."""
         with open_tensors(self.path) as file:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         losses = found.get("losses", torch.zeros(1, dtype=torch.float64))
         counts = [lost for lost in self.counts if lost < len(losses)]
         return [
-            Option(lost, float(losses[lost]), [self._choices(name, lost, found, method) for name in self.linears])
+            Option(lost, removal * float(losses[lost]), [self._choices(n, lost, found, choose) for n in self.linears])
             for lost in counts
         ]
 
-    def _choices(self, name: str, lost: int, found: dict[str, torch.Tensor], method: Method) -> Choices:
+    def _choices(self, name: str, lost: int, found: dict[str, torch.Tensor], choose: Chooser) -> Choices:
         m, n = features(self.linears[name])
         if self.mlp is not None:
             m, n = m - lost * (name in self.mlp.writers), n - lost * (name == self.mlp.reader)
-        energy = found.get(f"{name}.{lost}", found[f"{name}.0"])
-        return method.choices({name: (m, n)}, {name: energy.numpy()})[name]
+        return choose(name, (m, n), found.get(f"{name}.{lost}", found[f"{name}.0"]).numpy())
 
     def carry_out(self, channels: Channels, lost: int, curvature: Curvature, device: torch.device) -> None:
         """Write what is left of the block without so many channels."""

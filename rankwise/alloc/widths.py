@@ -6,6 +6,7 @@ meets the budget picks width and ranks together. The ranks are chosen once more,
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.methods.base import LEAST, Method
 from rankwise.alloc.mlps import Mlp, find_mlp
-from rankwise.alloc.spectra import Block, Option
+from rankwise.alloc.spectra import Block, Chooser, Option
 from rankwise.alloc.stream import BlockStream
-from rankwise.anatomy import block_linears, features, weight_of
+from rankwise.anatomy import block_linears, features
 from rankwise.distributed import barrier, is_main
 from rankwise.errors import RankwiseError
 from rankwise.files import digest
@@ -28,6 +29,48 @@ from rankwise.jobs import claim
 from rankwise.progress import Track, silent
 
 WIDTHS = 13  # of an MLP that are looked at, all channels included
+
+
+@dataclass(frozen=True)
+class WidthBudget:
+    """What widths are chosen under.
+
+    Args:
+        choose: what a layer may become at a width.
+        removal: what a nat lost with channels counts in the units of the choices' losses.
+        target: what the choices of all layers may cost together.
+    """
+
+    choose: Chooser
+    removal: float
+    target: float
+
+
+def parameter_budget(method: Method, total: int) -> WidthBudget:
+    """A method's own: the share that it keeps of `total` parameters; energies are twice the loss."""
+    return WidthBudget(lambda n, shape, e: method.choices({n: shape}, {n: e})[n], 2.0, method.ratio * total)
+
+
+def plan_widths(
+    model: Any,
+    curvature: Curvature,
+    method: Method,
+    window: torch.Tensor,
+    folder: Path,
+    budget: WidthBudget,
+    *,
+    device: torch.device,
+    track: Track = silent,
+) -> dict[str, int]:
+    """Layer that reads channels to how many it keeps, of those that lose some; see `choose_channels`, in one process.
+
+    Args:
+        budget: in place of the method's own.
+    """
+    linears = block_linears(model)
+    blocks = _survey(linears, _find(model, linears, window, device), method, None, folder, curvature)
+    lost = zip(blocks, _choose(blocks, curvature, budget, device, track), strict=True)
+    return {b.mlp.reader: features(b.linears[b.mlp.reader])[1] - gone for b, gone in lost if b.mlp is not None and gone}
 
 
 def choose_channels(
@@ -58,13 +101,15 @@ def choose_channels(
     """
     linears = block_linears(model)
     originals = [{name: features(m) for name, m in block.items()} for block in linears]
-    asked = {"options": method.options(), "planned": planned}
+    asked = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST]}
     channels = Channels(folder / f"channels-{digest(asked, 8)}", originals, asked | curvature.identity)
     if is_main():
         claim(channels.folder, "channels", channels.identity)
         if not all(channels.file(index).exists() for index in range(len(linears))):
             blocks = _survey(linears, _find(model, linears, window, device), method, planned, folder, curvature)
-            for block, lost in zip(blocks, _choose(blocks, curvature, method, planned, device, track), strict=True):
+            total = sum(m * n for block in originals for m, n in block.values())
+            budget = parameter_budget(method, total) if planned is None else None
+            for block, lost in zip(blocks, _choose(blocks, curvature, budget, device, track), strict=True):
                 block.carry_out(channels, lost, curvature, device)
     barrier()
     return channels
@@ -90,23 +135,22 @@ def _survey(
 def _choose(
     blocks: list[Block],
     curvature: Curvature,
-    method: Method,
-    planned: Mapping[str, int] | None,
+    budget: WidthBudget | None,
     device: torch.device,
     track: Track,
 ) -> list[int]:
-    """How many channels each block loses."""
+    """How many channels each block loses; as many as may go where that is not for a budget to decide."""
     if not any(block.counts[-1] for block in blocks):
         return [0] * len(blocks)
     with track("channels", len(blocks)) as advance:
         for block in blocks:
             if not block.path.exists():
-                block.measure(curvature, device, planned=planned is not None)
+                block.measure(curvature, device, planned=budget is None)
             advance()
-    if planned is not None:
+    if budget is None:
         return [block.counts[-1] for block in blocks]
-    total = sum(weight_of(linear).numel() for block in blocks for linear in block.linears.values())
-    return [option.lost for option in _pick([block.options(method) for block in blocks], method.ratio * total)]
+    options = [block.options(budget.choose, budget.removal) for block in blocks]
+    return [option.lost for option in _pick(options, budget.target)]
 
 
 def widths(mlp: Mlp, block: dict[str, nn.Module], method: Method) -> list[int]:
@@ -147,7 +191,7 @@ def _find(
 
 
 def _pick(blocks: list[list[Option]], target: float) -> list[Option]:
-    """The options of least loss at a budget of parameters, or just above it: their ranks come down to it afterwards."""
+    """The options of least loss at a budget, or just above it: their ranks come down to it afterwards."""
     low, high = multiplier(lambda price: sum(cost for _, cost, _ in _best(blocks, price)), target)
     above = [option for _, _, option in _best(blocks, low)]
     least = sum(int(layer.cost[0]) for option in above for layer in option.layers)
@@ -155,12 +199,12 @@ def _pick(blocks: list[list[Option]], target: float) -> list[Option]:
 
 
 def _best(blocks: list[list[Option]], price: float) -> Iterator[tuple[float, int, Option]]:
-    """Of each block the option of least loss plus price times parameters: that sum, its parameters, and the option."""
+    """Of each block the option of least loss plus price times cost: that sum, its cost, and the option."""
     for options in blocks:
         found = []
         for option in options:
             at = [int(np.argmin(layer.loss + price * layer.cost)) for layer in option.layers]
             cost = sum(int(layer.cost[i]) for layer, i in zip(option.layers, at, strict=True))
-            loss = 2 * option.loss + sum(float(layer.loss[i]) for layer, i in zip(option.layers, at, strict=True))
+            loss = option.loss + sum(float(layer.loss[i]) for layer, i in zip(option.layers, at, strict=True))
             found.append((loss + price * cost, cost, option))
         yield min(found, key=lambda entry: entry[0])
