@@ -182,6 +182,19 @@ def tradeoff() -> str:
     )
 
 
+def estimate() -> str:
+    """Minutes that a 7B would take by counted operations: a row a method, a column a stage."""
+    rows = read("cpu/estimate.jsonl")
+    stages = list(dict.fromkeys(stage for row in rows for stage in row["seconds"]))
+    body = []
+    for row in rows:
+        minutes = [f"{row['seconds'][s] / 60:.1f}" if s in row["seconds"] else "–" for s in stages]
+        total = sum(row["seconds"].values()) / 60
+        body.append([f"`{row['method']}`", *minutes, f"{total:.0f}", f"{abs(row['apart']):.1%}"])
+    table = markdown(["method", *stages, "minutes", "the two sizes differ by"], body)
+    return f"{table}\nEstimated minutes, not measured, at {rows[0]['ratio']:.0%} kept. {versions(rows[0])}.\n"
+
+
 def calibration(row: dict[str, Any]) -> str:
     """Which windows of which text."""
     return f"{row['samples']} windows of `{row['train']}`, output gradients on the first {row['gradient_samples']}"
@@ -224,6 +237,7 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
 
 TABLES = {
     "backends": backends,
+    "estimate": estimate,
     "methods": methods,
     "quality": quality,
     "runtime": runtime,

@@ -11,6 +11,8 @@ import torch
 
 from rankwise.errors import RankwiseError
 
+AT_ONCE = 64  # channels until the matrices are brought up to date
+
 
 @torch.no_grad()
 def removal_order(
@@ -35,19 +37,52 @@ def removal_order(
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(inputs))
     except torch.linalg.LinAlgError:
         raise RankwiseError("second moments", "not positive definite", "measure the curvature again") from None
-    gone = torch.zeros(len(left), dtype=torch.float64, device=left.device)
     order = torch.empty(most, dtype=torch.int64, device=left.device)
     losses = torch.zeros(most + 1, dtype=torch.float64, device=left.device)
-    for step in range(most):
-        costs = left.square().sum(1) / inverse.diagonal() / 2 + gone
-        cost, at = costs.min(0)
-        order[step], losses[step + 1] = at, losses[step] + cost
-        row, column, removed = inverse[at] / inverse[at, at], inverse[:, at].clone(), left[at].clone()
-        left.addr_(row, removed, alpha=-1)
-        inverse.addr_(column, row, alpha=-1)
-        gone[at] = torch.inf
-        inverse[at, at] = 1.0
+    gone = torch.zeros(len(left), dtype=torch.float64, device=left.device)
+    for first in range(0, most, AT_ONCE):
+        count = min(AT_ONCE, most - first)
+        order[first : first + count], costs = _take(left, inverse, gone, count)
+        losses[first + 1 : first + count + 1] = losses[first] + costs.cumsum(0)
     return order, losses
+
+
+def _take(
+    left: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take out so many channels, one after another; the matrices are brought up to date once, at the end.
+
+    A channel p changes them by `-c c_pᵀ / c_p` with its own column c, and that only needs to be known of the columns
+    that are asked for: each step reads `left` and writes vectors.
+
+    Args:
+        left: `[n, m]`, rows are channels' columns of W in the metric; changed in place.
+        inverse: C⁻¹ of the channels that are there, `[n, n]`; changed in place.
+        gone: `[n]`, 0, or infinite for channels that were taken; changed in place.
+        count: how many.
+
+    Returns:
+        `[count]` channels, and what each costs.
+    """
+    columns = torch.zeros(len(left), count, dtype=left.dtype, device=left.device)  # c / c_p
+    removed = torch.zeros(count, left.shape[1], dtype=left.dtype, device=left.device)
+    pivots, costs = (torch.zeros(count, dtype=left.dtype, device=left.device) for _ in range(2))
+    order = torch.empty(count, dtype=torch.int64, device=left.device)
+    size, spread = left.square().sum(1), inverse.diagonal().clone()
+    for step in range(count):
+        costs[step], at = (size / spread / 2 + gone).min(0)
+        order[step], before, lost = at, columns[:, :step], removed[:step]
+        column = inverse[:, at] - before @ (before[at] * pivots[:step])
+        row = left[at] - before[at] @ lost
+        share = column / column[at]
+        size += share * (share * row.square().sum() - 2 * (left @ row - before @ (lost @ row)))
+        spread -= share * column
+        columns[:, step], removed[step], pivots[step] = share, row, column[at]
+        gone[at], spread[at] = torch.inf, 1.0
+    left.addmm_(columns, removed, alpha=-1)
+    inverse.addmm_(columns * pivots, columns.mT, alpha=-1)
+    inverse[order, order] = 1.0
+    return order, costs
 
 
 @torch.no_grad()

@@ -45,6 +45,18 @@ def test_each_channel_is_the_cheapest_and_costs_what_it_says(m: int, n: int, see
         assert float(losses[step + 1]) == pytest.approx(costs[int(order[step])], rel=1e-7)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 7, 64])
+def test_when_the_matrices_are_brought_up_to_date_makes_no_difference(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, c, f = case(20, 40, 2)
+    expected = removal_order(weight, c, f, 30)
+    monkeypatch.setattr("rankwise.alloc.removal.AT_ONCE", at_once)
+    order, losses = removal_order(weight, c, f, 30)
+    assert torch.equal(order, expected[0])
+    torch.testing.assert_close(losses, expected[1], rtol=1e-9, atol=0)
+
+
 def test_what_is_left_is_the_best_that_it_can_be() -> None:
     weight, c, f = case(5, 9, 3)
     kept = torch.tensor([0, 2, 3, 7, 8])
