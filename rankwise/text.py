@@ -46,10 +46,24 @@ def read_text(source: str, split: str = "train") -> str:
 
 
 def token_windows(text: str, tokenizer: Any, seq_len: int) -> torch.Tensor:
-    """All whole windows of a text: `[windows, seq_len]` int64, without overlap, no special tokens added."""
+    """All whole windows of a text: `[windows, seq_len]` int64, without overlap.
+
+    Each begins as the tokenizer begins a text: with the special tokens that it puts in front, if any (Llama's and
+    Gemma's `<bos>`). A model that was trained with them predicts badly without.
+    """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // seq_len
-    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    opening = opening_of(tokenizer)[: seq_len - 1]
+    length = seq_len - len(opening)
+    count = len(ids) // length
+    windows = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    return torch.cat([torch.tensor(opening, dtype=torch.int64).expand(count, -1), windows], dim=1)
+
+
+def opening_of(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text."""
+    found: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return next(found[:at] for at in range(len(found) + 1) if found[at : at + len(plain)] == plain or at == len(found))
 
 
 def take_windows(

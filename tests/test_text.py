@@ -209,14 +209,25 @@ def test_windows_are_the_token_stream_cut_up(seq_len: int, tokenizer: Any) -> No
     assert windows.shape[1] == seq_len
 
 
-def test_no_special_tokens_are_added(tokenizer: Any) -> None:
-    marking = copy.deepcopy(tokenizer)
-    marking.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    assert marking("a b")["input_ids"][0] == 0
+def marking(tokenizer: Any, single: str) -> Any:
+    """The tokenizer with another template."""
+    other = copy.deepcopy(tokenizer)
+    pair = [("<s>", 0), ("</s>", 1)]
+    other.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=pair)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("single", "opening"), [("<s> $A </s>", [0]), ("</s> <s> $A", [1, 0]), ("$A </s>", []), ("$A", [])]
+)
+def test_a_window_begins_as_the_tokenizer_begins_a_text(single: str, opening: list[int], tokenizer: Any) -> None:
     text = read_text("embedded:python-docs")[:2000]
-    assert torch.equal(token_windows(text, marking, 10), token_windows(text, tokenizer, 10))
+    windows = token_windows(text, marking(tokenizer, single), 10)
+    own = 10 - len(opening)
+    assert windows[:, : len(opening)].tolist() == [opening] * len(windows)
+    assert torch.equal(windows[:, len(opening) :], token_windows(text, tokenizer, own))
+    assert token_windows("", marking(tokenizer, single), 10).shape == (0, 10)
+    assert token_windows(text, marking(tokenizer, single), 1).shape[1] == 1
 
 
 @pytest.mark.parametrize("text", ["", "ab"])
