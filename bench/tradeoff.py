@@ -34,6 +34,8 @@ from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.budgets import make_budget
 from rankwise.candidates import Candidate, choose
+from rankwise.compression import plan_bytes
+from rankwise.config import CompressConfig
 from rankwise.evaluate import perplexity
 from rankwise.pipeline import compress
 from rankwise.plan import KINDS, RankPlan
@@ -43,13 +45,18 @@ from rankwise.quantize import nearest
 from rankwise.storage import Precision
 from rankwise.weights import rounding_plan
 from rankwise.windows import JUDGES
+from rankwise.work import Work
 from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES = 3
+CHANNELS = 64  # widths of MLPs are multiples of it, where they may lose channels
 SHARES = (0.5, 0.4, 0.3, 0.25, 0.22, 0.2)
 BF16 = 16  # bits
 UNIFORM = Precision("int4", 64)  # of ranks that were chosen without it
+
+
+Made = RankPlan | Candidate | None  # None: the dense model, or a row that is not measured
 
 
 @dataclass
@@ -61,9 +68,9 @@ class Bench:
         curvature: of it.
         store: its factors.
         table: what rounding adds, by kind, rank and precision.
-        rounded: folder of layers that were rounded before.
-        judges: windows that decide between plans whose predictions are near; the table's moments of inputs, and what
-            the plans are tested on, are other ones.
+        folder: of all that and of layers that were rounded before.
+        windows: `inputs` of the curvature and the table, and `judges`, which decide between plans whose predictions are
+            near; what the plans are tested on are other ones.
         held_out: moments of the judges' inputs, which the guards of the rounding go by.
     """
 
@@ -71,8 +78,8 @@ class Bench:
     curvature: Curvature
     store: FactorStore
     table: RoundingTable
-    rounded: Path
-    judges: torch.Tensor
+    folder: Path
+    windows: dict[str, torch.Tensor]
     held_out: Curvature
 
     @property
@@ -94,7 +101,15 @@ class Bench:
         budget = int(share * self.dense_bytes)
         return joint_plan(Global(kinds=kinds), self.store, self.table, precisions, budget, "bf16")
 
-    def tried(self, share: float, precisions: tuple[Precision, ...]) -> RankPlan:
+    def narrower(self, share: float) -> Candidate:
+        """The same, where MLPs may lose channels too."""
+        budget = make_budget(None, share * BF16, "auto", None, False)
+        method, nowhere = Global(channel_multiple=CHANNELS), self.folder / "unused"
+        config = CompressConfig(EMBEDDED, nowhere, method, budget=budget, candidates=CANDIDATES, device="cpu")
+        work = Work(config, self.model, None, self.windows, self.folder, on_terminal)
+        return plan_bytes(work, self.store, self.curvature)
+
+    def tried(self, share: float, precisions: tuple[Precision, ...]) -> Candidate:
         """The same as `rankwise compress` does it: the best three by prediction, judged on text."""
         budget = int(share * self.dense_bytes)
 
@@ -103,13 +118,14 @@ class Bench:
 
         plans = near_plans(Global(), self.store, self.table, precisions, "bf16", within, CANDIDATES)
         candidates = {name: Candidate(plan, self.store, self.rounder()) for name, plan in plans.items()}
-        return choose(candidates, self.model, self.judges, CPU, on_terminal).plan
+        return choose(candidates, self.model, self.windows["judges"], CPU, on_terminal)
 
     def rounder(self) -> Rounder:
         """Rounding by what the curvature says."""
         blocks = [list(block) for block in block_linears(self.model)]
         dense = self.model.get_submodule
-        return Rounder(self.curvature, blocks, self.rounded, lambda n: weight_of(dense(n)), held_out=self.held_out)
+        rounded = self.folder / "rounded"
+        return Rounder(self.curvature, blocks, rounded, lambda n: weight_of(dense(n)), held_out=self.held_out)
 
     def on_top(self, share: float, kinds: tuple[str, ...]) -> RankPlan | None:
         """Ranks for bf16, all numbers rounded alike afterwards; None where that needs no ranks."""
@@ -119,13 +135,16 @@ class Bench:
         method = Global(ratio=ratio, kinds=kinds, rank_multiple=UNIFORM.block, tolerance=0.01)
         return method.allocate(self.store, "bf16").stored_as(UNIFORM)
 
-    def measure(self, plan: RankPlan | None, rounding: str, tests: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def measure(self, made: Made, rounding: str, tests: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Carry a plan out and test it."""
         model, started = self.model, time.monotonic()
+        plan = made.plan if isinstance(made, Candidate) else made
         if plan is not None:
-            model = copy.deepcopy(self.model)
+            model, store = copy.deepcopy(self.model), self.store
             rule = self.rounder() if rounding == "feedback" else nearest
-            compress(model, plan, self.store, rounding=rule, track=on_terminal)
+            if isinstance(made, Candidate):
+                store, rule = made.store, made.rounding
+            compress(model, plan, store, rounding=rule, track=on_terminal)
         facts = {"seconds": round(time.monotonic() - started, 1), "rounding": rounding}
         if plan is not None:
             facts |= {"bytes": plan.bytes, "share": plan.bytes / self.dense_bytes, "bits": plan.bits}
@@ -136,7 +155,7 @@ class Bench:
         }
 
 
-Row = tuple[str, float | None, Callable[[Bench], RankPlan | None], str]  # name, share of the bytes, plan, rounding
+Row = tuple[str, float | None, Callable[["Bench"], Made], str]  # name, share of the bytes, plan, rounding
 
 
 def rows() -> list[Row]:
@@ -151,6 +170,7 @@ def rows() -> list[Row]:
         found += [(str(precision), None, lambda b, p=precision: b.alone(p), "feedback")]
     for share in SHARES:
         found += [("chosen together", share, lambda b, s=share: b.tried(s, every), "feedback")]
+        found += [("chosen together, channels too", share, lambda b, s=share: b.narrower(s), "feedback")]
         found += [("pivot and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16), "")]
         found += [("lowrank and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16, ("dense", "lowrank")), "")]
         found += [("ranks, then int4 by 64", share, lambda b, s=share: b.on_top(s, ("dense", "lowrank")), "feedback")]
@@ -172,10 +192,10 @@ def main() -> None:
     for name, share, make, rounding in rows():
         if (name, share) in there or not wanted(name, share, options):
             continue
-        plan = make(bench)
-        if plan is None and name != "dense":
+        made = make(bench)
+        if made is None and name != "dense":
             continue
-        row = facts | {"name": name, "asked": share, "plain": options.plain} | bench.measure(plan, rounding, tests)
+        row = facts | {"name": name, "asked": share, "plain": options.plain} | bench.measure(made, rounding, tests)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
@@ -195,7 +215,7 @@ def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
     precisions, place = budget.for_model(model_dtype(model)), work / "rounding"
     table = measure_rounding(model, curvature, store, precisions, KINDS, place, device=CPU, track=on_terminal)
     held_out = collect(model, judges, judges, work / "held_out", device=CPU, track=on_terminal)
-    return Bench(model, curvature, store, table, work / "rounded", judges, held_out)
+    return Bench(model, curvature, store, table, work, {"inputs": inputs, "judges": judges}, held_out)
 
 
 def wanted(name: str, share: float | None, options: argparse.Namespace) -> bool:

@@ -132,7 +132,8 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
     if config.budget is None:
         plan, _ = _plan(work, given, store, curvature)
     else:
-        plan, store = _plan_bytes(work, store, curvature)
+        best = plan_bytes(work, store, curvature)
+        plan, store = best.plan, best.store
     plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
     plan.provenance |= provenance(config, curvature.identity, weights)
     return plan, _refit(work, plan, store, curvature) if config.refits else store, curvature
@@ -174,8 +175,8 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
     return plan, calibration.learnt
 
 
-def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> tuple[RankPlan, FactorStore]:
-    """The best plan under a byte budget that was tried, and its factors: of all channels, or of those that stay."""
+def plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> Candidate:
+    """The best plan under a byte budget that was tried, with its factors: of all channels, or of those that stay."""
     config, model = work.config, work.model
     stores = {"": store}
     if config.narrows and (narrow := narrowed(work, store, curvature)):
@@ -188,8 +189,7 @@ def _plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> tuple[R
         some = next(stores[of] for of in reversed(stores) if name.startswith(of))
         rounding = _rounding(work, curvature, some, fitted=False) if config.feeds_back else nearest
         candidates[name] = Candidate(plan, some, rounding)
-    best = choose(candidates, model, work.windows["judges"], resolve_device(config.device), work.track)
-    return best.plan, best.store
+    return choose(candidates, model, work.windows["judges"], resolve_device(config.device), work.track)
 
 
 def _rounding(work: Work, curvature: Curvature, factors: FactorStore | Refitted | None, *, fitted: bool) -> Rounding:
