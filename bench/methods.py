@@ -48,8 +48,9 @@ def cases() -> list[Case]:
         for name, (method, settings) in ENTRIES.items():
             more = BOTH if name == "rankwise" or "two texts" in name else {}
             rows.append(Case(name, method, ratio, settings, refit=method == "rankwise", **more))
-        rest = BOTH | {"learn": ("wikitext2+c4",)}
-        rows.append(Case(f"rankwise, healed {HEAL} steps", "rankwise", ratio, refit=True, heal=HEAL, **rest))
+        rest = BOTH | {"refit": True, "learn": ("wikitext2+c4",)}
+        rows.append(Case("rankwise, refit to more text", "rankwise", ratio, **rest))
+        rows.append(Case(f"rankwise, healed {HEAL} steps", "rankwise", ratio, heal=HEAL, **rest))
     return rows
 
 
