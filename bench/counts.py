@@ -1,14 +1,16 @@
 """Operations that torch carries out, counted while they run: by kind of work and precision.
 
-Products come with torch's own formulas; decompositions, solutions and rank-one updates with the textbook's (Golub and
+Products come with torch's own formulas; decompositions, solutions with the textbook's (Golub and
 Van Loan, Matrix Computations, 4th ed.): leading terms, in floating-point operations.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
+import scipy.linalg
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -20,7 +22,7 @@ def _matrices(a: torch.Tensor) -> int:
     return prod(a.shape[:-2])
 
 
-def _eigh(a: torch.Tensor, uplo: str = "L", vectors: bool = True) -> float:
+def _eigh(a: torch.Tensor, *_: Any, vectors: bool = True) -> float:
     return (9 if vectors else 4 / 3) * _matrices(a) * a.shape[-1] ** 3
 
 
@@ -40,11 +42,11 @@ def _triangular(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
     return prod(b.shape) * a.shape[-1]
 
 
-def _svd(a: torch.Tensor, whole: bool = False, vectors: bool = True, **_: Any) -> float:
+def _svd(a: torch.Tensor, *_: Any, vectors: bool = True, **__: Any) -> float:
     return (22 if vectors else 8 / 3) * _matrices(a) * min(a.shape[-2:]) ** 2 * max(a.shape[-2:])
 
 
-def _update(a: torch.Tensor, *_: Any, **__: Any) -> int:
+def _by_vector(a: torch.Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.numel()
 
 
@@ -55,7 +57,7 @@ FORMULAS: dict[str, tuple[str, Formula]] = {
     "_linalg_solve_ex": ("solve", _solve),
     "linalg_solve_triangular": ("solve", _triangular),
     "_linalg_svd": ("eigh", _svd),
-    "addr_": ("rank-one update", _update),
+    "mv": ("product with a vector", _by_vector),
 }
 
 
@@ -69,6 +71,7 @@ class Counted(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.vectors = True  # of decompositions are wanted, see `counting`
         self.operations: Counter[tuple[str, str]] = Counter()
         self.touched = 0
 
@@ -76,13 +79,43 @@ class Counted(TorchDispatchMode):
         """One operation of torch."""
         out = func(*args, **(kwargs or {}))
         name, dtype = func.overloadpacket.__name__, str(args[0].dtype)[6:] if args and torch.is_tensor(args[0]) else ""
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)  # one formula for `addmm` and `addmm_`
         if name in FORMULAS:
             kind, formula = FORMULAS[name]
-            self.operations[kind, dtype] += int(formula(*args, **(kwargs or {})))
-        elif func.overloadpacket in flop_registry:
-            count = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            more = {} if self.vectors else {"vectors": False}
+            self.operations[kind, dtype] += int(formula(*args, **(kwargs or {}), **more))
+        elif packet in flop_registry:
+            count = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
             self.operations["product", dtype] += int(count)
         elif not func.is_view and "detach" not in name and "empty" not in name:
             parts = [*args, *(out if isinstance(out, tuple | list) else [out])]
             self.touched += sum(part.numel() * part.element_size() for part in parts if torch.is_tensor(part))
         return out
+
+
+@contextmanager
+def counting() -> Iterator[Counted]:
+    """Count what runs in the context, a pivoted QR that scipy does on the host included.
+
+    Seen from inside, torch's `eigvalsh` is an `eigh`; here it counts as what it is.
+    """
+    counted, values, qr = Counted(), torch.linalg.eigvalsh, scipy.linalg.qr
+
+    def without_vectors(*given: Any, **options: Any) -> Any:
+        counted.vectors = False
+        try:
+            return values(*given, **options)
+        finally:
+            counted.vectors = True
+
+    def on_the_host(a: Any, **options: Any) -> Any:
+        few, many = sorted(a.shape)
+        counted.operations["host QR", str(a.dtype)] += int(2 * many * few**2 - 2 * few**3 / 3)
+        return qr(a, **options)
+
+    torch.linalg.eigvalsh, scipy.linalg.qr = without_vectors, on_the_host
+    try:
+        with counted:
+            yield counted
+    finally:
+        torch.linalg.eigvalsh, scipy.linalg.qr = values, qr

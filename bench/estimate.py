@@ -4,9 +4,9 @@
 
 The copy has the blocks and heads of Llama-2-7B, and every width (hidden, feed-forward, vocabulary, tokens a window,
 rank multiple) is a share 1/s of the original. So each product, decomposition and solution takes exactly 1/s³ of its
-operations, and whatever else touches memory 1/s² of its bytes. The copy goes through the stages of `rankwise compress`,
-and each is counted while it runs (`bench.counts`). Two sizes s are counted; how far their extrapolations are apart is
-part of the row.
+operations (products with a vector, too: there are fewer of them), and whatever else touches memory 1/s² of its bytes.
+The copy goes through the stages of `rankwise compress`, and each is counted while it runs (`bench.counts`). Two sizes s
+are counted; how far their extrapolations are apart is part of the row.
 
 The seconds are arithmetic with RATES below, no measurements: no GPU is asked. Rows go to
 bench/results/cpu/estimate.jsonl.
@@ -15,16 +15,15 @@ bench/results/cpu/estimate.jsonl.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import scipy.linalg
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bench.counts import Counted
+from bench.counts import counting
 from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import collect
 from rankwise.alloc.methods import METHODS, Method
@@ -40,6 +39,7 @@ CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000}
 BLOCKS, HEADS, TOKENS, MULTIPLE = 32, 32, 1024, 64
 WINDOWS, GRADIENTS, JUDGES, STEPS, TRAIN_LEN = 64, 24, 8, 256, 512
+FEW = 4  # steps of training that are counted, for all of them
 SIZES = (32, 16)
 # Operations a second that are taken for granted: shares of an H100's data sheet (989e12 in bf16, 67e12 in fp32 and in
 # fp64 on tensor cores, 3.35e12 bytes/s) where products run, and what a decomposition of n = 4096 in half a second is.
@@ -51,7 +51,7 @@ RATES = {
     ("solve", "float32"): 10e12,
     ("eigh", "float64"): 1.2e12,
     ("eigh", "float32"): 2e12,
-    ("rank-one update", "float64"): 2 * 2.5e12 / 16,  # reads and writes 16 bytes for two operations
+    ("product with a vector", "float64"): 2 * 2.5e12 / 8,  # reads 8 bytes for two operations
     ("host QR", "float64"): 20e9,  # LAPACK on the host, for rows of pivot layers
 }
 BANDWIDTH, DISK = 2.5e12, 2e9  # bytes/s: everything else in device memory; files written, and read once more
@@ -77,7 +77,7 @@ class Stages:
     def stage(self, name: str, times: float = 1.0) -> Iterator[None]:
         """Count what runs in the context, `times` over."""
         before = self._bytes()
-        with Counted() as counted, _host_qr(counted):
+        with counting() as counted:
             yield
         self.operations[name] = {key: count * times * self.size**3 for key, count in counted.operations.items()}
         self.touched[name] = counted.touched * times * self.size**2
@@ -85,23 +85,6 @@ class Stages:
 
     def _bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
-
-
-@contextmanager
-def _host_qr(counted: Counted) -> Iterator[None]:
-    """Count the pivoted QR of `[k, m]` that scipy does for pivot layers, too."""
-    plain: Callable[..., Any] = scipy.linalg.qr
-
-    def qr(a: Any, **options: Any) -> Any:
-        k, m = a.shape
-        counted.operations["host QR", "float64"] += int(4 * (m * k**2 / 2 - k**3 / 6))
-        return plain(a, **options)
-
-    scipy.linalg.qr = qr
-    try:
-        yield
-    finally:
-        scipy.linalg.qr = plain
 
 
 def small_copy(size: int) -> Any:
@@ -129,8 +112,8 @@ def count(method: Method, size: int, folder: Path) -> Stages:
             model, curvature, method, inputs[:1], folder / factors_name(method), device=CPU, track=on_terminal
         )
     calibration = Calibration(model, store, curvature, inputs, folder / "learning", CPU, 0, on_terminal)
-    steps = getattr(method, "steps", 1)
-    with stages.stage("masks" if steps > 1 else "plan", STEPS / steps):
+    trains = hasattr(method, "steps")
+    with stages.stage("masks" if trains else "plan", STEPS / FEW if trains else 1.0):
         plan = method.allocate(store, "bf16", calibration if method.learns else None)
     target = store
     if method.refits:
@@ -163,7 +146,8 @@ def main() -> None:
         found = {}
         for size in SIZES:
             made = METHODS[name]
-            few = {"steps": 2, "train_len": TRAIN_LEN // size} if hasattr(made, "steps") else {}
+            few = {"steps": FEW, "train_len": TRAIN_LEN // size} if hasattr(made, "steps") else {}
+            few |= {"after": FEW} if hasattr(made, "after") else {}
             channels = {"channel_multiple": MULTIPLE // size} if name == "rankwise" else {}
             method = made(ratio=options.ratio, rank_multiple=MULTIPLE // size, tolerance=0.05, **few, **channels)
             with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 ROWS, OUT = ROOT / "bench" / "results" / "cpu" / "tradeoff.jsonl", ROOT / "docs" / "tradeoff.svg"
-CURVES = ("chosen together", "ranks, then int4 by 64", "pivot and dense, bf16", "lowrank and dense, bf16")
+TOGETHER = ("chosen together, channels too", "chosen together")
+CURVES = (*TOGETHER, "ranks, then int4 by 64", "pivot and dense, bf16", "lowrank and dense, bf16")
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -18,7 +19,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     for axes, test in zip(panels, ("wikitext2", "c4"), strict=True):
         for name in CURVES:
             own = sorted((row["share"], row["perplexity"][test]) for row in rows if row["name"] == name)
-            axes.plot(*zip(*own, strict=True), marker="o", markersize=4, label=name)
+            if own:
+                axes.plot(*zip(*own, strict=True), marker="o", markersize=4, label=name)
         for row in rows:
             if row["name"] not in CURVES and "share" in row:
                 way = "fed back" if row["rounding"] == "feedback" else "nearest"

@@ -1,5 +1,6 @@
 """`rankwise compress`: from a model's name to a checkpoint, or to a folder of scores, resumable at every stage."""
 
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rankwise.config import CompressConfig
 from rankwise.distributed import from_main, is_main
 from rankwise.engine.checkpoint import PLAN, save
 from rankwise.engine.embeddings import find_ends
+from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
 from rankwise.files import disk_guard, publish
 from rankwise.jobs import Job
@@ -177,19 +179,19 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
 
 def plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> Candidate:
     """The best plan under a byte budget that was tried, with its factors: of all channels, or of those that stay."""
-    config, model = work.config, work.model
+    config = work.config
     stores = {"": store}
     if config.narrows and (narrow := narrowed(work, store, curvature)):
         stores["fewer channels, "] = narrow
-    plans: dict[str, RankPlan] = {}
+    made: dict[str, Candidate] = {}
     for of, some in stores.items():
-        plans |= {of + name: plan for name, plan in byte_plans(work, some, curvature).items()}
-    candidates: dict[str, Candidate] = {}
-    for name, plan in nearest_of(plans, config.candidates).items():
-        some = next(stores[of] for of in reversed(stores) if name.startswith(of))
         rounding = _rounding(work, curvature, some, fitted=False) if config.feeds_back else nearest
-        candidates[name] = Candidate(plan, some, rounding)
-    return choose(candidates, model, work.windows["judges"], resolve_device(config.device), work.track)
+        with suppress(RankwiseError) if made else nullcontext():  # with all channels there are plans already
+            found = byte_plans(work, some, curvature)
+            made |= {of + name: Candidate(plan, some, rounding) for name, plan in found.items()}
+    near = nearest_of({name: candidate.plan for name, candidate in made.items()}, config.candidates)
+    judges, device = work.windows["judges"], resolve_device(config.device)
+    return choose({name: made[name] for name in near}, work.model, judges, device, work.track)
 
 
 def _rounding(work: Work, curvature: Curvature, factors: FactorStore | Refitted | None, *, fitted: bool) -> Rounding:

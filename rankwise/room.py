@@ -35,7 +35,8 @@ def require_room_for(
     measures, factored = needs_curvature(config, given) and not config.scores, needs_factors(config, given)
     needed = tensor_bytes(model) + (moments if measures else 0) + (factors if measures and factored else 0)
     needed += factors if factored and config.refits else 0
-    if factored and config.narrows:  # what a layer becomes that reads fewer channels; for bytes, factors of these, too
+    narrow = config.narrows or any(spec.dense_shape for _, spec in given or ())
+    if factored and narrow:  # what a layer becomes that reads fewer channels; for bytes, factors of these, too
         needed += sum(4 * max(w.numel() for w in block) for block in blocks) + (factors if config.budget else 0)
     rounds = config.feeds_back and (config.budget or (given.quantised if given else config.precision))
     needed += moments if measures and rounds else 0  # held-out ones

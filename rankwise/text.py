@@ -63,7 +63,7 @@ def opening_of(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer puts in front of a text."""
     found: list[int] = tokenizer("a", verbose=False)["input_ids"]
     plain: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    return next(found[:at] for at in range(len(found) + 1) if found[at : at + len(plain)] == plain or at == len(found))
+    return next((found[:at] for at in range(len(found)) if plain and found[at : at + len(plain)] == plain), [])
 
 
 def take_windows(

@@ -12,7 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from rankwise.errors import RankwiseError
-from rankwise.text import C4_DOCUMENTS, read_text, take_windows, token_windows
+from rankwise.text import C4_DOCUMENTS, opening_of, read_text, take_windows, token_windows
 
 EMBEDDED = ("embedded:python-docs", "embedded:python-docs-test")
 LONG = 80  # characters; shorter paragraphs ("Changed in version 3.1") stand in many places
@@ -228,6 +228,16 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(single: str, opening: li
     assert torch.equal(windows[:, len(opening) :], token_windows(text, tokenizer, own))
     assert token_windows("", marking(tokenizer, single), 10).shape == (0, 10)
     assert token_windows(text, marking(tokenizer, single), 1).shape[1] == 1
+
+
+def test_what_cannot_be_told_from_the_text_is_no_opening() -> None:
+    """A tokenizer that splits a word otherwise behind a special token."""
+
+    def odd(text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1, 5, 2] if add_special_tokens else [9] * len(text)}
+
+    assert opening_of(odd) == []
+    assert token_windows("abcd", odd, 2).tolist() == [[9, 9], [9, 9]]
 
 
 @pytest.mark.parametrize("text", ["", "ab"])

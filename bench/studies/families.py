@@ -20,7 +20,7 @@ from rankwise.alloc.curvature import FORMAT
 from rankwise.files import digest
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
-from rankwise.text import read_text, token_windows
+from rankwise.text import read_text, take_windows, token_windows
 from rankwise.zoo import EMBEDDED, load_model, quiet_transformers
 
 OUT = RESULTS / "cpu" / "studies.families.jsonl"
@@ -33,27 +33,32 @@ def main() -> None:
     quiet_transformers()
     rows = [json.loads(line) for line in OUT.read_text(encoding="utf-8").splitlines()] if OUT.exists() else []
     for source in options.models:
-        if Path(source).name in {row["model"] for row in rows}:
+        known = facts(source, options)
+        if any(known.items() <= row.items() for row in rows):
             continue
-        rows.append(measure(source, options))
+        rows.append(known | measure(source, options))
         with OUT.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     figure("rank-maps", lambda axes: draw(axes, rows), width=12)
 
 
+def facts(source: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a row belongs to."""
+    keys = ("ratio", "seq_len", "samples", "gradient_samples", "dtype")
+    found = {"bench": "studies.families", "device": "cpu", "curvature": FORMAT, "versions": versions()}
+    names = {"model": Path(source).name, "train": Path(options.train).name}
+    return found | names | {key: getattr(options, key) for key in keys}
+
+
 def measure(source: str, options: argparse.Namespace) -> dict[str, Any]:
     """One model's shares, layer by layer."""
     model, tokenizer = load_model(source, options.dtype)
-    windows = token_windows(read_text(options.train), tokenizer, options.seq_len)[: options.samples]
+    every = token_windows(read_text(options.train), tokenizer, options.seq_len)
+    windows = take_windows(every, options.samples, options.train)
     method, work = rankwise.Global(options.ratio), options.work / digest(source, 8)
-    gradients = windows[: options.gradient_samples]
-    plan = rankwise.allocate(
-        model, windows, method, gradient_text=gradients, work=work, device="cpu", track=on_terminal
-    )
-    facts = {"bench": "studies.families", "device": "cpu", "curvature": FORMAT, "versions": versions()}
-    facts |= {key: getattr(options, key) for key in ("ratio", "seq_len", "samples", "gradient_samples", "dtype")}
-    shares = {name: round(spec.ratio, 4) for name, spec in plan}
-    return facts | {"model": Path(source).name, "train": Path(options.train).name, "shares": shares}
+    given: dict[str, Any] = {"gradient_text": windows[: options.gradient_samples], "work": work, "device": "cpu"}
+    plan = rankwise.allocate(model, windows, method, track=on_terminal, **given)
+    return {"shares": {name: round(spec.ratio, 4) for name, spec in plan}}
 
 
 def rank_map(shares: dict[str, float]) -> tuple[list[str], np.ndarray]:

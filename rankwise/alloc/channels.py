@@ -65,6 +65,10 @@ class Channels:
         """The rows `[m']` that a layer keeps; None: all."""
         return self._get(name, "rows")
 
+    def touches(self, name: str) -> bool:
+        """Whether a layer has lost some of its inputs or outputs."""
+        return self.rows(name) is not None or self._get(name, "columns") is not None
+
     def cut(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What is left of a layer's weight `[m, n]`, on its device; the weight itself where all is."""
         if (rows := self.rows(name)) is not None:

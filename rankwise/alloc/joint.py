@@ -149,7 +149,7 @@ def stored_choices(
     options: Sequence[tuple[str, Precision]],
     trust: Trust,
 ) -> StoredChoices:
-    """What a layer may become, by rising bytes; a choice that another beats in bytes and loss is left out.
+    """What a layer may become, maybe nothing, by rising bytes; a choice that another beats in both is left out.
 
     Args:
         options: kinds and precisions.
@@ -165,7 +165,7 @@ def stored_choices(
     for row in sorted(rows, key=lambda row: row[:2]):
         if not best or row[1] < best[-1][1]:
             best.append(row)
-    cost, loss, kinds, ranks_, stored = zip(*best, strict=True)
+    cost, loss, kinds, ranks_, stored = zip(*best, strict=True) if best else ((), (), (), (), ())
     return StoredChoices(tuple(kinds), np.array(ranks_), np.array(cost), np.array(loss), m * n, tuple(stored))
 
 

@@ -1,8 +1,9 @@
 """Widths of MLPs under a budget of bytes: against ranks and precisions, which compete for the same bytes.
 
 What rounding costs is tabulated for layers as they are. At a smaller width it is taken to be less by as much as the
-layer's energy in the metric: what has gone is what counted least. Ranks and precisions are chosen once more, by spectra
-and a table of the layers that are left.
+layer's energy in the metric: what has gone is what counted least. Formats that fit the smaller width alone are not
+looked at, and what is lost with channels counts as what is lost with ranks. Ranks and precisions are chosen once more,
+by spectra and a table of the layers that are left.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,6 @@ def byte_budget(
     precisions: Sequence[Precision],
     target: int,
     dtype: str,
-    trust: Trust | None = None,
 ) -> WidthBudget:
     """The budget of `alloc.joint.joint_plan`, for `alloc.widths`.
 
@@ -59,16 +59,15 @@ def byte_budget(
         precisions: to choose from.
         target: bytes of all linear layers.
         dtype: the model's own.
-        trust: what channels carry counts as what ranks carry.
     """
-    trusted = trust or Trust()
 
     def choose(name: str, shape: Shape, energy: np.ndarray) -> Choices:
         narrow = _Narrow({name: shape}, {name: energy}, {name: scores.shapes[name]})
         part = _Part(table, _share(energy, scores.energies[name]))
-        return stored_choices(method, name, narrow, part, allowed(method, name, precisions, dtype), trusted)
+        options = [pair for pair in allowed(method, name, precisions, dtype) if table.knows(name, *pair)]
+        return stored_choices(method, name, narrow, part, options, Trust())
 
-    return WidthBudget(choose, trusted.rank, target)
+    return WidthBudget(choose, Trust().rank, target)
 
 
 def _share(energy: np.ndarray, whole: np.ndarray) -> float:

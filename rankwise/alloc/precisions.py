@@ -46,6 +46,10 @@ class RoundingTable:
     def __init__(self, layers: dict[str, dict[str, dict[str, Curve]]], ratios: dict[str, float]) -> None:
         self.layers, self.ratios = layers, ratios
 
+    def knows(self, name: str, kind: str, precision: Precision) -> bool:
+        """Whether a layer can be rounded so, or is not rounded."""
+        return not precision.quantised or kind in self.layers[name].get(str(precision), {})
+
     def loss(self, name: str, kind: str, ranks: np.ndarray, precision: Precision) -> np.ndarray:
         """Of a layer at some ranks `[c]`; nothing where numbers are not rounded."""
         if not precision.quantised:

@@ -60,7 +60,7 @@ class Rounder:
             RankwiseError: NaN, Inf or moments that do not fit; the field names the layer.
         """
         weight = None if self.dense is None or spec.kind == "dense" else self.dense(name)
-        path = self.folder / f"{name}-{self._key(matrices, weight, spec)}.safetensors"
+        path = self.folder / f"{name}-{self._key(name, matrices, weight, spec)}.safetensors"
         if path.exists():
             return read_tensors(path)
         try:
@@ -99,11 +99,12 @@ class Rounder:
             judge = None if judge is None else self.channels.restrict(name, judge, None)[0]
         return c, f, judge
 
-    def _key(self, matrices: Tensors, weight: torch.Tensor | None, spec: LayerSpec) -> str:
+    def _key(self, name: str, matrices: Tensors, weight: torch.Tensor | None, spec: LayerSpec) -> str:
         """Of everything that decides the codes."""
         facts: dict[str, Any] = {"spec": [spec.kind, spec.rank, asdict(spec.precision)]}
         facts |= {"curvature": self.curvature.identity, "held_out": self.held_out and self.held_out.identity}
-        facts |= {} if self.channels is None else {"channels": self.channels.identity}
+        if self.channels is not None and self.channels.touches(name):
+            facts["channels"] = self.channels.identity
         said = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12)
         for tensor in (*(matrices[part] for part in sorted(matrices)), *([] if weight is None else [weight])):
             said.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

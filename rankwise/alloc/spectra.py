@@ -93,15 +93,21 @@ class Block:
         return found
 
     def options(self, choose: Chooser, removal: float) -> list[Option]:
-        """The widths, and what the layers may become at each; `removal` is what a nat counts in their losses' units."""
+        """The widths at which every layer may become something, and what; all channels in any case.
+
+        Args:
+            choose: what a layer may become.
+            removal: what a nat counts in the units of its losses.
+        """
         with open_tensors(self.path) as file:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         losses = found.get("losses", torch.zeros(1, dtype=torch.float64))
-        counts = [lost for lost in self.counts if lost < len(losses)]
-        return [
+        options = [
             Option(lost, removal * float(losses[lost]), [self._choices(n, lost, found, choose) for n in self.linears])
-            for lost in counts
+            for lost in self.counts
+            if lost < len(losses)
         ]
+        return [option for option in options if not option.lost or all(entry.kind for entry in option.layers)]
 
     def _choices(self, name: str, lost: int, found: dict[str, torch.Tensor], choose: Chooser) -> Choices:
         m, n = features(self.linears[name])
