@@ -177,7 +177,7 @@ def tradeoff() -> str:
     return (
         f"{table}\nPerplexity (lower is better) on {first['windows']} windows of {first['seq_len']} tokens; bytes of "
         f"the linear layers. `{first['model']}`, curvature from {calibration(first)}. "
-        f"Chosen together: any kind, rank and precision (channels too: and width of an MLP); ranks, then int4: those "
+        f"Chosen together: kind, rank and precision; channels too: and widths of MLPs; ranks, then int4: the ranks "
         f"of `global` for bf16, all numbers rounded alike afterwards. {first['device']}, {versions(first)}.\n"
     )
 
