@@ -199,8 +199,13 @@ def test_channels_go_where_bytes_are_better_spent_without(
     assert bits * 0.985 < plan.bits <= bits
     assert 8 * plan.bytes / plan.dense_parameters == pytest.approx(plan.bits)
     assert verify(tmp_path / "a") >= 6
-    small = load_model(str(tmp_path / "a"))[0]
-    assert torch.isfinite(small(torch.arange(2, 34)[None]).logits).all()
+    prompt = torch.arange(2, 34)
+    expected = load_model(str(tmp_path / "a"))[0].generate(
+        prompt[None], max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    params = rankwise.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    [output] = rankwise.LLM(str(tmp_path / "a"), dtype="fp32", max_model_len=64).generate([prompt.tolist()], params)
+    assert output.tokens == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(
