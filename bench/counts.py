@@ -1,7 +1,7 @@
 """Operations that torch carries out, counted while they run: by kind of work and precision.
 
-Products come with torch's own formulas; decompositions, solutions with the textbook's (Golub and
-Van Loan, Matrix Computations, 4th ed.): leading terms, in floating-point operations.
+Products come with torch's own formulas; decompositions and solutions with the textbook's (Golub and Van Loan,
+Matrix Computations, 4th ed.): leading terms, in floating-point operations.
 """
 
 from collections import Counter

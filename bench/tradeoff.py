@@ -24,16 +24,14 @@ from bench.harness import CPU, kept_rows
 from bench.rotation import rotate
 from bench.texts import add_text_options, test_windows, train_windows
 from rankwise.alloc.curvature import FORMAT, Curvature, collect
-from rankwise.alloc.joint import StoredChoices, joint_plan, plan_within
+from rankwise.alloc.joint import joint_plan
 from rankwise.alloc.methods import Global
-from rankwise.alloc.methods.base import Method
-from rankwise.alloc.near import near_plans
 from rankwise.alloc.precisions import RoundingTable, measure_rounding
 from rankwise.alloc.rounder import Rounder
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.budgets import make_budget
-from rankwise.candidates import Candidate, choose
+from rankwise.candidates import Candidate
 from rankwise.compression import plan_bytes
 from rankwise.config import CompressConfig
 from rankwise.evaluate import perplexity
@@ -101,24 +99,13 @@ class Bench:
         budget = int(share * self.dense_bytes)
         return joint_plan(Global(kinds=kinds), self.store, self.table, precisions, budget, "bf16")
 
-    def narrower(self, share: float) -> Candidate:
-        """The same, where MLPs may lose channels too."""
+    def tried(self, share: float, channels: int = 0) -> Candidate:
+        """As `rankwise compress` does it: the best three by prediction, judged on text; `channels` as the option."""
         budget = make_budget(None, share * BF16, "auto", None, False)
-        method, nowhere = Global(channel_multiple=CHANNELS), self.folder / "unused"
+        method, nowhere = Global(channel_multiple=channels), self.folder / "unused"
         config = CompressConfig(EMBEDDED, nowhere, method, budget=budget, candidates=CANDIDATES, device="cpu")
         work = Work(config, self.model, None, self.windows, self.folder, on_terminal)
         return plan_bytes(work, self.store, self.curvature)
-
-    def tried(self, share: float, precisions: tuple[Precision, ...]) -> Candidate:
-        """The same as `rankwise compress` does it: the best three by prediction, judged on text."""
-        budget = int(share * self.dense_bytes)
-
-        def within(method: Method, choices: dict[str, StoredChoices]) -> RankPlan:
-            return plan_within(method, self.store, choices, budget)
-
-        plans = near_plans(Global(), self.store, self.table, precisions, "bf16", within, CANDIDATES)
-        candidates = {name: Candidate(plan, self.store, self.rounder()) for name, plan in plans.items()}
-        return choose(candidates, self.model, self.windows["judges"], CPU, on_terminal)
 
     def rounder(self) -> Rounder:
         """Rounding by what the curvature says."""
@@ -155,22 +142,20 @@ class Bench:
         }
 
 
-Row = tuple[str, float | None, Callable[["Bench"], Made], str]  # name, share of the bytes, plan, rounding
+Row = tuple[str, float | None, Callable[[Bench], Made], str]  # name, share of the bytes, plan, rounding
 
 
 def rows() -> list[Row]:
     """All of them; a row whose plan is None but for the dense model is not measured."""
-    budget = make_budget(None, 4.0, "auto", None, False)
-    assert budget is not None
-    every, bf16 = budget.for_model("bf16"), (Precision("bf16"),)
+    bf16 = (Precision("bf16"),)
     found: list[Row] = [("dense", None, lambda b: None, "")]
     found += [("nf4, nearest", None, lambda b: b.alone(Precision("nf4")), "nearest")]
     found += [("int4 by 64, nearest", None, lambda b: b.alone(Precision("int4", 64)), "nearest")]
     for precision in (Precision("int8"), Precision("int4", 32), Precision("nf4"), Precision("int4", 64)):
         found += [(str(precision), None, lambda b, p=precision: b.alone(p), "feedback")]
     for share in SHARES:
-        found += [("chosen together", share, lambda b, s=share: b.tried(s, every), "feedback")]
-        found += [("chosen together, channels too", share, lambda b, s=share: b.narrower(s), "feedback")]
+        found += [("chosen together", share, lambda b, s=share: b.tried(s), "feedback")]
+        found += [("chosen together, channels too", share, lambda b, s=share: b.tried(s, CHANNELS), "feedback")]
         found += [("pivot and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16), "")]
         found += [("lowrank and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16, ("dense", "lowrank")), "")]
         found += [("ranks, then int4 by 64", share, lambda b, s=share: b.on_top(s, ("dense", "lowrank")), "feedback")]

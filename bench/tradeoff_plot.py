@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 ROWS, OUT = ROOT / "bench" / "results" / "cpu" / "tradeoff.jsonl", ROOT / "docs" / "tradeoff.svg"
-TOGETHER = ("chosen together, channels too", "chosen together")
-CURVES = (*TOGETHER, "ranks, then int4 by 64", "pivot and dense, bf16", "lowrank and dense, bf16")
+CHOSEN = ("chosen together, channels too", "chosen together", "ranks, then int4 by 64")
+CURVES = (*CHOSEN, "pivot and dense, bf16", "lowrank and dense, bf16")
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:

@@ -30,7 +30,7 @@ from rankwise.progress import Track, silent
 from rankwise.provenance import identify_job, provenance
 from rankwise.quantize import Rounding, nearest
 from rankwise.room import require_room_for, roomy
-from rankwise.rounded import byte_plans, make_rounding, narrowed, require_budget
+from rankwise.rounded import byte_plans, make_rounding, narrowed, require_budget, rounding_table
 from rankwise.scores import FACTORS, INDEX, finish_scores, open_scores, require_scores
 from rankwise.storage import Precision
 from rankwise.weights import needs_curvature, needs_factors, require_fit, rounding_plan
@@ -179,15 +179,15 @@ def _plan(work: Work, given: RankPlan | None, store: FactorStore, curvature: Cur
 
 def plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> Candidate:
     """The best plan under a byte budget that was tried, with its factors: of all channels, or of those that stay."""
-    config = work.config
-    stores = {"": store}
-    if config.narrows and (narrow := narrowed(work, store, curvature)):
-        stores["fewer channels, "] = narrow
+    config, table = work.config, rounding_table(work, store, curvature)
+    stores = {"": (store, table)}
+    if config.narrows and (narrow := narrowed(work, store, curvature, table)):
+        stores["fewer channels, "] = narrow, rounding_table(work, narrow, curvature)
     made: dict[str, Candidate] = {}
-    for of, some in stores.items():
+    for of, (some, table) in stores.items():
         rounding = _rounding(work, curvature, some, fitted=False) if config.feeds_back else nearest
         with suppress(RankwiseError) if made else nullcontext():  # with all channels there are plans already
-            found = byte_plans(work, some, curvature)
+            found = byte_plans(work, some, table)
             made |= {of + name: Candidate(plan, some, rounding) for name, plan in found.items()}
     near = nearest_of({name: candidate.plan for name, candidate in made.items()}, config.candidates)
     judges, device = work.windows["judges"], resolve_device(config.device)

@@ -12,14 +12,13 @@ from rankwise.alloc.narrow import byte_budget
 from rankwise.alloc.near import near_plans
 from rankwise.alloc.precisions import RoundingTable, measure_rounding
 from rankwise.alloc.rounder import Rounder
-from rankwise.alloc.store import FactorStore
-from rankwise.alloc.widths import plan_widths
+from rankwise.alloc.store import FactorStore, factorize_model
+from rankwise.alloc.widths import choose_channels
 from rankwise.anatomy import block_linears, linear_shapes, weight_of
 from rankwise.budgets import ByteBudget, checkpoint_bytes
 from rankwise.config import CompressConfig
 from rankwise.engine.embeddings import coded_tensors
 from rankwise.errors import RankwiseError
-from rankwise.factoring import make_factors
 from rankwise.files import digest
 from rankwise.plan import LayerSpec, RankPlan
 from rankwise.work import Work
@@ -28,7 +27,7 @@ from rankwise.zoo import model_dtype, resolve_device
 TRIES = 6  # plans until a checkpoint's size meets the budget: what is beside the layers depends on them a little
 
 
-def byte_plans(work: Work, store: FactorStore, curvature: Curvature) -> dict[str, RankPlan]:
+def byte_plans(work: Work, store: FactorStore, table: RoundingTable) -> dict[str, RankPlan]:
     """Plans under the job's byte budget: kind, rank and precision of every layer.
 
     One is the best of all choices; others are the best of fewer, as far as their predicted loss is near.
@@ -36,7 +35,7 @@ def byte_plans(work: Work, store: FactorStore, curvature: Curvature) -> dict[str
     Args:
         work: a job with a `budget`; its model is dense.
         store: factors of the model, or of what is left of it.
-        curvature: of the model.
+        table: what rounding these adds.
 
     Returns:
         At most `config.candidates`, by what they were chosen from, the least predicted loss first.
@@ -45,33 +44,34 @@ def byte_plans(work: Work, store: FactorStore, curvature: Curvature) -> dict[str
         RankwiseError: the budget is below the smallest plan.
     """
     config, dtype = work.config, model_dtype(work.model)
-    precisions, table = _budget(config).for_model(dtype), _table(work, store, curvature)
 
     def within(method: Method, choices: dict[str, StoredChoices]) -> RankPlan:
         return _within(config, method, store, choices, work.model)
 
+    precisions = _budget(config).for_model(dtype)
     return near_plans(config.method, store, table, precisions, dtype, within, config.candidates)
 
 
-def narrowed(work: Work, store: FactorStore, curvature: Curvature) -> FactorStore | None:
+def narrowed(work: Work, store: FactorStore, curvature: Curvature, table: RoundingTable) -> FactorStore | None:
     """Factors of what is left when MLPs have lost the channels that the job's bytes are better spent without.
 
-    None where no MLP loses any. Arguments are those of `byte_plans`; the store has all channels.
+    None where no MLP loses any. Arguments are those of `byte_plans`, and the model's curvature; the store has all
+    channels.
     """
-    config, model, folder = work.config, work.model, work.folder
-    dtype, device, track = model_dtype(model), resolve_device(config.device), work.track
-    window, target = work.windows["inputs"][:1], linear_target(config, model)
-    table = _table(work, store, curvature)
-    budget = byte_budget(config.method, store, table, _budget(config).for_model(dtype), target, dtype)
-    where = model, curvature, config.method, window
-    widths = plan_widths(*where, folder, budget, device=device, track=track)
-    if not widths:
+    config, model, folder, dtype = work.config, work.model, work.folder, model_dtype(work.model)
+    precisions, target = _budget(config).for_model(dtype), linear_target(config, model)
+    budget = byte_budget(config.method, store, table, precisions, target, dtype)
+    window = work.windows["inputs"][:1]
+    where: dict[str, Any] = {"device": resolve_device(config.device), "track": work.track}
+    channels = choose_channels(model, curvature, config.method, window, folder, budget=budget, **where)
+    if not channels.losses:
         return None
-    return make_factors(*where, folder / f"narrow-{digest(widths, 8)}", widths, device=device, track=track)
+    place = folder / f"narrow-{digest(channels.identity, 8)}"
+    return factorize_model(model, curvature, place, sides=str(config.method.sides), channels=channels, **where)
 
 
-def _table(work: Work, store: FactorStore, curvature: Curvature) -> RoundingTable:
-    """What rounding costs."""
+def rounding_table(work: Work, store: FactorStore, curvature: Curvature) -> RoundingTable:
+    """What rounding the factors and weights of a store adds, in a folder of its own."""
     config, device = work.config, resolve_device(work.config.device)
     precisions = _budget(config).for_model(model_dtype(work.model))
     folder = work.folder / ("rounding" if store.channels is None else f"rounding-{store.folder.name}")

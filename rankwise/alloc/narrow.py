@@ -67,7 +67,7 @@ def byte_budget(
         options = [pair for pair in allowed(method, name, precisions, dtype) if table.knows(name, *pair)]
         return stored_choices(method, name, narrow, part, options, Trust())
 
-    return WidthBudget(choose, Trust().rank, target)
+    return WidthBudget(choose, Trust().rank, target, {"precisions": [str(precision) for precision in precisions]})
 
 
 def _share(energy: np.ndarray, whole: np.ndarray) -> float:

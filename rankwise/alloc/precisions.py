@@ -87,8 +87,7 @@ def measure_rounding(
     """
     rounding = [precision for precision in precisions if precision.quantised]
     names = [str(precision) for precision in rounding]
-    kept = {} if store.channels is None else {"channels": store.channels.identity}
-    claim(folder, "rounding", {"precisions": names, "kinds": list(kinds), **curvature.identity, **kept})
+    claim(folder, "rounding", {"precisions": names, "kinds": list(kinds), **curvature.identity, **store.identity})
     blocks = block_linears(model)
     several = SAMPLE if len(blocks) >= 8 else 1
     sample = [(2 * i + 1) * len(blocks) // (2 * several) for i in range(several)]

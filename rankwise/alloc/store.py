@@ -54,6 +54,11 @@ class FactorStore:
                     self._energies.update({name: file.get_tensor(f"{name}.energy").numpy() for name in block})
         return self._energies
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it belongs to beside a curvature and a metric: the channels, where some are gone."""
+        return {} if self.channels is None else {"channels": self.channels.identity}
+
     def weight(self, name: str, dense: torch.Tensor) -> torch.Tensor:
         """What is left of a layer's weight `[m, n]` before it is factored; the weight itself where all is."""
         return dense if self.channels is None else self.channels.cut(name, dense)
@@ -103,8 +108,7 @@ def factorize_model(
     if sides == "two" and not curvature.has_outputs:
         raise RankwiseError("curvature", str(curvature.folder), "it has no output-gradient moments; use --sides one")
     if is_main():
-        kept = {} if channels is None else {"channels": channels.identity}
-        claim(folder, "factors", {"sides": sides, **curvature.identity, **kept})
+        claim(folder, "factors", {"sides": sides, **curvature.identity, **store.identity})
     missing = from_main(lambda: [index for index in range(len(linears)) if not store.file(index).exists()])
     mine = {missing[at] for at in own(len(missing))}
     with track("factors", len(linears)) as advance:

@@ -39,38 +39,18 @@ class WidthBudget:
         choose: what a layer may become at a width.
         removal: what a nat lost with channels counts in the units of the choices' losses.
         target: what the choices of all layers may cost together.
+        identity: what else decides the choices, as JSON-ready data.
     """
 
     choose: Chooser
     removal: float
     target: float
+    identity: dict[str, Any]
 
 
 def parameter_budget(method: Method, total: int) -> WidthBudget:
     """A method's own: the share that it keeps of `total` parameters; energies are twice the loss."""
-    return WidthBudget(lambda n, shape, e: method.choices({n: shape}, {n: e})[n], 2.0, method.ratio * total)
-
-
-def plan_widths(
-    model: Any,
-    curvature: Curvature,
-    method: Method,
-    window: torch.Tensor,
-    folder: Path,
-    budget: WidthBudget,
-    *,
-    device: torch.device,
-    track: Track = silent,
-) -> dict[str, int]:
-    """Layer that reads channels to how many it keeps, of those that lose some; see `choose_channels`, in one process.
-
-    Args:
-        budget: in place of the method's own.
-    """
-    linears = block_linears(model)
-    blocks = _survey(linears, _find(model, linears, window, device), method, None, folder, curvature)
-    lost = zip(blocks, _choose(blocks, curvature, budget, device, track), strict=True)
-    return {b.mlp.reader: features(b.linears[b.mlp.reader])[1] - gone for b, gone in lost if b.mlp is not None and gone}
+    return WidthBudget(lambda n, shape, e: method.choices({n: shape}, {n: e})[n], 2.0, method.ratio * total, {})
 
 
 def choose_channels(
@@ -82,6 +62,7 @@ def choose_channels(
     *,
     device: torch.device,
     planned: Mapping[str, int] | None = None,
+    budget: WidthBudget | None = None,
     track: Track = silent,
 ) -> Channels:
     """Choose widths for a method's budget of parameters, or finish or reuse what `folder` holds of that.
@@ -94,6 +75,7 @@ def choose_channels(
         folder: for a folder of channels, and one of spectra, which no ratio changes; names say what decides them.
         device: where it computes.
         planned: layer that reads channels to how many it keeps, where that is decided; other blocks keep all.
+        budget: in place of the method's own of parameters.
         track: progress.
 
     Raises:
@@ -101,14 +83,16 @@ def choose_channels(
     """
     linears = block_linears(model)
     originals = [{name: features(m) for name, m in block.items()} for block in linears]
-    asked = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST]}
+    asked: dict[str, Any] = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST]}
+    if budget is not None:
+        asked |= {"target": budget.target, **budget.identity}
+    elif planned is None:
+        budget = parameter_budget(method, sum(m * n for block in originals for m, n in block.values()))
     channels = Channels(folder / f"channels-{digest(asked, 8)}", originals, asked | curvature.identity)
     if is_main():
         claim(channels.folder, "channels", channels.identity)
         if not all(channels.file(index).exists() for index in range(len(linears))):
             blocks = _survey(linears, _find(model, linears, window, device), method, planned, folder, curvature)
-            total = sum(m * n for block in originals for m, n in block.values())
-            budget = parameter_budget(method, total) if planned is None else None
             for block, lost in zip(blocks, _choose(blocks, curvature, budget, device, track), strict=True):
                 block.carry_out(channels, lost, curvature, device)
     barrier()
