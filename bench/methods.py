@@ -5,7 +5,8 @@
 Curvature comes from the first windows of the train text; for `rankwise` and what it is made of, from the train text and
 C4 in turn. Methods that learn see the train text's next windows and C4 documents, in turn; C4 is tested on documents
 that nothing else saw. What takes a method apart is measured at some of the ratios alone. Interrupted, the same command
-goes on with the first row that is missing; `--only NAME` measures some rows. Rows go to bench/results/cpu/methods.jsonl.
+goes on with the first row that is missing; `--only NAME` measures some rows.
+Rows go to bench/results/cpu/methods.jsonl.
 """
 
 from typing import Any

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prose import prose
 
 if not torch.cuda.is_available():
     assert "triton" not in sys.modules  # it reads this when it is imported, which transformers does too
@@ -28,7 +29,6 @@ from transformers import (
 )
 
 from rankwise.cli import main
-from rankwise.text import read_text
 from rankwise.zoo import quiet_transformers
 
 quiet_transformers()
@@ -81,7 +81,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([read_text("embedded:python-docs-test")], trainer)
+    backend.train_from_iterator([prose(60_000, seed=1)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
@@ -123,9 +123,9 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 kB of English."""
+    """20 kB of text."""
     path = tmp_path_factory.mktemp("text") / "docs.txt"
-    path.write_text(read_text("embedded:python-docs")[:20_000], encoding="utf-8")
+    path.write_text(prose(20_000), encoding="utf-8")
     return path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prose import prose
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +22,7 @@ from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import folder_bytes, verify
 from rankwise.errors import RankwiseError
 from rankwise.storage import Precision
-from rankwise.text import read_text, token_windows
+from rankwise.text import token_windows
 from rankwise.zoo import load_model
 
 TEXT = {"samples": 4, "gradient_samples": 2, "seq_len": 32, "measure": 1}
@@ -263,7 +264,7 @@ def test_another_text_can_be_learnt_from(
     model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     model, other = model_folder("llama"), tmp_path / "other.txt"
-    other.write_text(read_text("embedded:python-docs-test")[:6000])
+    other.write_text(prose(6000, seed=1))
     method = rankwise.Rankwise(0.6, rank_multiple=1)
     plan = compress_to_folder(
         quick(model, tmp_path / "out", text_file, method, heal=2, learn=str(other), learn_samples=5)
@@ -328,14 +329,14 @@ def test_a_text_that_changed_since_is_not_learnt_from(
 ) -> None:
     """The command is the same; what was refitted to the old text is not taken for the new one's."""
     other = tmp_path / "other.txt"
-    other.write_text(read_text("embedded:python-docs-test")[:6000])
+    other.write_text(prose(6000, seed=1))
     method, options = rankwise.Rankwise(0.6, rank_multiple=1), {"learn": str(other), "learn_samples": 5}
     command = quick(model_folder("llama"), tmp_path / "out", text_file, method, **options)
     with monkeypatch.context() as patch:
         patch.setattr(compression, "compress", lambda *arguments, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress_to_folder(command)
-    other.write_text(read_text("embedded:python-docs-test")[3000:9000])
+    other.write_text(prose(6000, seed=2))
     with pytest.raises(RankwiseError, match=r"^refit: .* was made with other text"):
         compress_to_folder(quick(model_folder("llama"), tmp_path / "out", text_file, method, **options))
 
