@@ -227,7 +227,7 @@ def test_masks_are_those_of_one_process(
     (wanted, steps), (found, lines) = trained(alone), trained(place)
     assert found.keys() == wanted.keys()
     for name, importance in found.items():
-        torch.testing.assert_close(importance, wanted[name], rtol=0, atol=1e-4)
+        torch.testing.assert_close(importance, wanted[name], rtol=0, atol=1e-3)
     for line, step in zip(lines, steps, strict=True):
         for key in line.keys() - {"seconds"}:
             assert line[key] == pytest.approx(step[key], rel=1e-3, abs=1e-6), key
