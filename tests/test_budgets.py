@@ -180,7 +180,7 @@ def test_what_is_kept_stays(config: Callable[..., CompressConfig]) -> None:
         compress_to_folder(config("c", few(None, 9.0), rankwise.Global(keep=("*.wi",))))
 
 
-@pytest.mark.parametrize("bits", [3.0, 20.0])
+@pytest.mark.parametrize("bits", [2.95, 20.0])
 def test_channels_go_where_bytes_are_better_spent_without(
     bits: float, config: Callable[..., CompressConfig], tmp_path: Path
 ) -> None:
@@ -196,7 +196,7 @@ def test_channels_go_where_bytes_are_better_spent_without(
     chosen = best if best["measured"] and tried[0]["measured"] - best["measured"] > MARGIN else tried[0]
     assert plan.loss == pytest.approx(chosen["predicted"])
     assert any(spec.dense_shape for _, spec in plan) == chosen["of"].startswith("fewer channels, ")
-    assert bits * 0.95 < plan.bits <= bits  # a narrow plan of a tiny model moves in large steps
+    assert bits * 0.985 < plan.bits <= bits
     assert 8 * plan.bytes / plan.dense_parameters == pytest.approx(plan.bits)
     assert verify(tmp_path / "a") >= 6
     prompt = torch.arange(2, 34)

@@ -1,7 +1,6 @@
 """A draft from where people ask for one: `rankwise.LLM`, `rankwise generate`, `rankwise serve`."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,21 +93,19 @@ def test_a_draft_with_other_tokens_is_refused(
 
 def test_the_command_with_a_draft(model_folder: Callable[[str], Path], small: str) -> None:
     dense = str(model_folder("llama"))
-    command = ["generate", dense, "The module", "--max-tokens", "9", "--dtype", "fp32", "--device", "cpu"]
+    command = ["generate", dense, "The river", "--max-tokens", "9", "--dtype", "fp32", "--device", "cpu"]
     done = [CliRunner().invoke(app, [*command, *more]) for more in ([], ["--draft", small])]
     assert [run.exit_code for run in done] == [0, 0]
     broken = "\ufffd\n"  # half a character at the end, which the runtime does not show
     assert done[1].stdout.rstrip(broken) == done[0].stdout.rstrip(broken)
     facts = [
-        json.loads(CliRunner().invoke(app, [*command, "--json", *more]).stdout)
-        for more in ([], ["--draft", small], ["--draft", dense])
+        json.loads(CliRunner().invoke(app, [*command, "--json", *more]).stdout) for more in ([], ["--draft", small])
     ]
-    accepted = [facts[1].pop("acceptance"), facts.pop()["acceptance"]]
-    assert 0 <= accepted[0] <= accepted[1] == 1  # a model takes all that it says itself
+    assert 0 < facts[1].pop("acceptance") < 1
     assert facts[1]["completion"].rstrip(broken) == facts[0]["completion"].rstrip(broken)
     assert [fact["tokens"] for fact in facts] == [9, 9]
     wrong = CliRunner().invoke(app, [*command, "--draft", small, "--max-tokens", "126"])
-    assert re.fullmatch(r"prompt and max_tokens: 1[23]\d tokens; allowed: up to 128", str(wrong.exception))
+    assert str(wrong.exception) == "prompt and max_tokens: 129 tokens; allowed: up to 128"
 
 
 def test_a_server_with_a_draft(model_folder: Callable[[str], Path]) -> None:
