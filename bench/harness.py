@@ -29,6 +29,7 @@ from rankwise.alloc.teacher import Teacher
 from rankwise.evaluate import perplexity
 from rankwise.factoring import factors_name, make_factors
 from rankwise.files import digest
+from rankwise.linesearch import search_share
 from rankwise.pipeline import compress
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal
@@ -155,8 +156,11 @@ def put(case: Case, calibration: Calibration, tokenizer: Any, options: argparse.
     fit, judges = refit_texts(case, calibration, tokenizer, options)
     target: FactorStore | Refitted = store
     if case.refit:
-        target = refitted(calibration, plan, fit, judges, options.work)
-        found["refitted"] = sum(share is not None for share, _ in target.outcomes().values())
+        whole = refitted(calibration, plan, fit, judges, options.work)
+        found["refitted"] = sum(share is not None for share, _ in whole.outcomes().values())
+        how: dict[str, Any] = {"device": CPU, "track": on_terminal}
+        target, losses = search_share(model, plan, whole, calibration.curvature, judges, **how)
+        found["shares_tried"] = {f"{share:g}": round(loss, 5) for share, loss in losses.items()}
     if not case.heal:
         compress(model, plan, target)
         return found

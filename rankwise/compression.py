@@ -24,6 +24,7 @@ from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
 from rankwise.files import disk_guard, publish
 from rankwise.jobs import Job
+from rankwise.linesearch import search_share
 from rankwise.pipeline import check_factors, check_plan, compress, round_layers, tensor_bytes
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
@@ -135,6 +136,7 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
         plan, _ = _plan(work, given, store, curvature)
     else:
         best = plan_bytes(work, store, curvature)
+        assert isinstance(best.store, FactorStore)
         plan, store = best.plan, best.store
     plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
     plan.provenance |= provenance(config, curvature.identity, weights)
@@ -201,16 +203,18 @@ def _rounding(work: Work, curvature: Curvature, factors: FactorStore | Refitted 
     return make_rounding(work.config, work.model, curvature, folder, store, fitted=fitted, held_out=held_out)
 
 
-def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> Refitted:
+def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature) -> FactorStore | Refitted:
     learn, judges = work.windows["learn"], work.windows["judges"]
     text = {"text": hash_windows(learn), "judges": hash_windows(judges)}
     identity = {"layers": plan.to_dict()["layers"], "curvature": curvature.identity, **text}
     into = Refitted(work.folder / "refit", store, identity)
-    device = resolve_device(work.config.device)
-    found = refit(work.model, plan, store, curvature, learn, judges, into, device=device, track=work.track).outcomes()
+    where: dict[str, Any] = {"device": resolve_device(work.config.device), "track": work.track}
+    found = refit(work.model, plan, store, curvature, learn, judges, into, **where).outcomes()
     kept = sum(outcome.share is not None for outcome in found.values())
     plan.provenance["refit"] = {"layers": kept, "gain": sum(outcome.gain for outcome in found.values())}
-    return into
+    best, losses = search_share(work.model, plan, into, curvature, judges, **where)
+    plan.provenance["refit"]["shares"] = [{"share": share, "measured": loss} for share, loss in losses.items()]
+    return best
 
 
 def _healing_windows(work: Work) -> torch.Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from rankwise.alloc.partway import BETWEEN
 from rankwise.alloc.teacher import KEPT
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.config import CompressConfig
@@ -34,7 +35,7 @@ def require_room_for(
     factors = sum(4 * min(w.shape) * (w.shape[0] + w.shape[1]) for w in weights)
     measures, factored = needs_curvature(config, given) and not config.scores, needs_factors(config, given)
     needed = tensor_bytes(model) + (moments if measures else 0) + (factors if measures and factored else 0)
-    needed += factors if factored and config.refits else 0
+    needed += (1 + len(BETWEEN)) * factors if factored and config.refits else 0
     narrow = config.narrows or any(spec.dense_shape for _, spec in given or ())
     if factored and narrow:  # what a layer becomes that reads fewer channels; for bytes, factors of these, too
         needed += sum(4 * max(w.numel() for w in block) for block in blocks) + (factors if config.budget else 0)

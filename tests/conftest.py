@@ -132,3 +132,19 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=sorted(CONFIGS))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def spoken() -> Callable[..., torch.Tensor]:
+    """`spoken(model, 8, 32)`: windows `[8, 32]` that the model itself has said."""
+
+    @torch.no_grad()
+    def sample(model: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(2, model.config.vocab_size, (count, 1), generator=generator)
+        while ids.shape[1] < length:
+            likely = model(input_ids=ids).logits[:, -1].float().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], dim=1)
+        return ids
+
+    return sample

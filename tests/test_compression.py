@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 import rankwise
 from rankwise import compression, room
 from rankwise.alloc.methods.base import Method
+from rankwise.alloc.refitted import Refitted
 from rankwise.anatomy import weight_of
+from rankwise.candidates import Candidate
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import folder_bytes, verify
@@ -172,11 +174,33 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture
+def liked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """`liked(0.5)`: text likes this share of a refit best; what it likes of random weights is chance."""
+
+    def like(share: float) -> None:
+        def loss(candidate: Candidate, *_: Any) -> float:
+            store = candidate.store
+            own = store.identity.get("share", 1.0) if isinstance(store, Refitted) else 0.0
+            return abs(own - share)
+
+        monkeypatch.setattr("rankwise.linesearch.loss_of", loss)
+
+    return like
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_refitted_weights_reach_the_checkpoint(
-    family: str, model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+    family: str,
+    share: float,
+    model_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    liked: Callable[[float], None],
 ) -> None:
     """Factors, and the weights of layers that stay dense; ranks are those of the closed form."""
+    liked(share)
     model, options = model_folder(family), {"kinds": ("dense", "lowrank"), "rank_multiple": 1}
     more = {"samples": 24, "gradient_samples": 8}
     plain = compress_to_folder(quick(model, tmp_path / "plain", text_file, rankwise.Global(0.9, **options), **more))
@@ -184,6 +208,8 @@ def test_refitted_weights_reach_the_checkpoint(
     assert plan.layers == plain.layers
     assert plan.provenance["refit"]["layers"] > 0
     assert plan.provenance["refit"]["gain"] > 0
+    told = plan.provenance["refit"]["shares"]
+    assert told == [{"share": tried, "measured": abs(tried - share)} for tried in (1.0, 0.75, 0.5, 0.0)]
     assert "refit" not in plain.provenance
     before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "refit")
     assert before.keys() == after.keys()
@@ -200,9 +226,21 @@ def test_refitted_weights_reach_the_checkpoint(
         assert torch.equal(stored, after[name])
 
 
-def test_refit_can_be_asked_for_and_left_out(
-    model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+def test_a_refit_that_loses_does_not_reach_it(
+    model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, liked: Callable[[float], None]
 ) -> None:
+    liked(0.0)
+    model = model_folder("llama")
+    compress_to_folder(quick(model, tmp_path / "plain", text_file, rankwise.Global(0.6, rank_multiple=1)))
+    plan = compress_to_folder(quick(model, tmp_path / "refit", text_file, rankwise.Rankwise(0.6, rank_multiple=1)))
+    assert plan.provenance["refit"]["layers"] > 0
+    assert same(tmp_path / "plain", tmp_path / "refit")
+
+
+def test_refit_can_be_asked_for_and_left_out(
+    model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, liked: Callable[[float], None]
+) -> None:
+    liked(0.75)
     model = model_folder("llama")
     runs = {
         "global": (rankwise.Global(0.6, rank_multiple=1), None),

@@ -137,7 +137,7 @@ def _refit_block(
     stream, outputs = run.stream, curvature.outputs(index)
     places = octaves(run.windows.shape[1], stream.device)
     emphasis = {name: share.to(stream.device)[places] for name, share in curvature.emphasis(index).items()}
-    found = {name: _old(factors, name, spec, weight_of(linears[name])) for name, spec in specs.items()}
+    found = {name: old_tensors(factors, name, spec, weight_of(linears[name])) for name, spec in specs.items()}
     outcomes = {name: Outcome() for name in linears}
     with stream.on_device(index):
         layout = learn_layout(stream, index, linears, run.dense[0].to(stream.device))
@@ -169,7 +169,7 @@ def _rows(factors: FactorStore | Refitted, names: Iterable[str]) -> Tensors:
     return {name: rows for name in names if (rows := factors.rows(name)) is not None}
 
 
-def _old(factors: FactorStore, name: str, spec: LayerSpec, dense: torch.Tensor) -> Tensors:
+def old_tensors(factors: FactorStore, name: str, spec: LayerSpec, dense: torch.Tensor) -> Tensors:
     """A layer's factors as they are; of one that stays dense what is left of its weight, nothing if all is."""
     if spec.kind == "dense":
         return {} if spec.dense_shape is None else {"weight": factors.weight(name, dense).float()}

@@ -25,7 +25,7 @@ class Refitted:
     """
 
     def __init__(self, folder: Path, base: FactorStore, identity: dict[str, Any]) -> None:
-        self.folder, self.base = folder, base
+        self.folder, self.base, self.identity = folder, base, identity
         self._block = {name: index for index, block in enumerate(base.layers) for name in block}
         claim(folder, "refit", identity)
 
@@ -59,13 +59,17 @@ class Refitted:
         """The outputs that a layer keeps; None: all."""
         return self.base.rows(name)
 
-    def weights(self, index: int) -> Tensors:
-        """Every layer's matrix `[m, n]` fp32 of one block, multiplied out; layers that were not changed are absent."""
+    def tensors(self, index: int) -> dict[str, Tensors]:
+        """Every layer's tensors of one block; layers that were not changed, and are not factored, are absent."""
         layers: dict[str, Tensors] = {}
         for key, tensor in read_tensors(self.file(index)).items():
             name, _, part = key.rpartition(".")
             layers.setdefault(name, {})[part] = tensor
-        return {name: product(tensors) for name, tensors in layers.items()}
+        return layers
+
+    def weights(self, index: int) -> Tensors:
+        """The matrices `[m, n]` fp32 that `tensors` stand for."""
+        return {name: product(tensors) for name, tensors in self.tensors(index).items()}
 
     def outcomes(self) -> dict[str, Outcome]:
         """Layer to what became of it, of the blocks that are done."""

@@ -115,14 +115,14 @@ def factorize_model(
         for index, block in enumerate(linears):
             if index in mine:
                 weights = {n: store.weight(n, weight_of(linear).to(device)) for n, linear in block.items()}
-                metric = _metric(curvature, index, sides, channels)
+                metric = metric_of(curvature, index, sides, channels)
                 write_tensors(store.file(index), _factorize_block(weights, metric), {})
             advance()
     barrier()
     return store
 
 
-def _metric(curvature: Curvature, index: int, sides: str, channels: Channels | None) -> Metric:
+def metric_of(curvature: Curvature, index: int, sides: str, channels: Channels | None) -> Metric:
     """What factors named weights of one block in the metric `sides`."""
     if sides == "diagonal":
         sizes = curvature.magnitudes(index)

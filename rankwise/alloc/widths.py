@@ -3,9 +3,10 @@
 For a few widths of each MLP the spectra of its layers are worked out as they would be without the channels that cost
 least (`alloc.removal`). A block then has one curve of loss against parameters for each width, and the multiplier that
 meets the budget picks width and ranks together. The ranks are chosen once more, exactly, when the factors are there.
+Where channels promise little, as under large budgets, they all stay: predictions are not good enough to tell.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from rankwise.jobs import claim
 from rankwise.progress import Track, silent
 
 WIDTHS = 13  # of an MLP that are looked at, all channels included
+WORTH = 0.05  # share of the predicted loss that taking out channels must save; less did not hold on other text
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def choose_channels(
     """
     linears = block_linears(model)
     originals = [{name: features(m) for name, m in block.items()} for block in linears]
-    asked: dict[str, Any] = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST]}
+    asked: dict[str, Any] = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST, WORTH]}
     if budget is not None:
         asked |= {"target": budget.target, **budget.identity}
     elif planned is None:
@@ -134,7 +136,7 @@ def _choose(
     if budget is None:
         return [block.counts[-1] for block in blocks]
     options = [block.options(budget.choose, budget.removal) for block in blocks]
-    return [option.lost for option in _pick(options, budget.target)]
+    return _worthwhile(options, budget.target)
 
 
 def widths(mlp: Mlp, block: dict[str, nn.Module], method: Method) -> list[int]:
@@ -174,12 +176,36 @@ def _find(
         stream.close()
 
 
+def _worthwhile(blocks: list[list[Option]], target: float) -> list[int]:
+    """How many channels each block loses; none where that saves too little of the loss."""
+    picked = _pick(blocks, target)
+    all_stay = [[option for option in options if not option.lost] for options in blocks]
+    if _least_cost(option for options in all_stay for option in options) > target:
+        return [option.lost for option in picked]
+    fewer, whole = (_loss_at(options, target) for options in ([[option] for option in picked], all_stay))
+    worth = fewer < (1 - WORTH) * whole
+    return [option.lost if worth else 0 for option in picked]
+
+
 def _pick(blocks: list[list[Option]], target: float) -> list[Option]:
     """The options of least loss at a budget, or just above it: their ranks come down to it afterwards."""
-    low, high = multiplier(lambda price: sum(cost for _, cost, _ in _best(blocks, price)), target)
+    low, high = _prices(blocks, target)
     above = [option for _, _, option in _best(blocks, low)]
-    least = sum(int(layer.cost[0]) for option in above for layer in option.layers)
-    return above if least <= target else [option for _, _, option in _best(blocks, high)]
+    return above if _least_cost(above) <= target else [option for _, _, option in _best(blocks, high)]
+
+
+def _loss_at(blocks: list[list[Option]], target: float) -> float:
+    """The least predicted loss at a budget, by the Lagrangian's bound."""
+    price = _prices(blocks, target)[0]
+    return sum(value for value, _, _ in _best(blocks, price)) - price * target
+
+
+def _prices(blocks: list[list[Option]], target: float) -> tuple[float, float]:
+    return multiplier(lambda price: sum(cost for _, cost, _ in _best(blocks, price)), target)
+
+
+def _least_cost(options: Iterable[Option]) -> int:
+    return sum(int(layer.cost[0]) for option in options for layer in option.layers)
 
 
 def _best(blocks: list[list[Option]], price: float) -> Iterator[tuple[float, int, Option]]:

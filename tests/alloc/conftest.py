@@ -106,19 +106,3 @@ def dies() -> Callable[[int], Callable[..., AbstractContextManager[Callable[[], 
 def log_of() -> Callable[[Path], list[dict[str, Any]]]:
     """The lines of a training's log."""
     return lambda folder: [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def spoken() -> Callable[..., torch.Tensor]:
-    """`spoken(model, 8, 32)`: windows `[8, 32]` that the model itself has said."""
-
-    @torch.no_grad()
-    def sample(model: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(2, model.config.vocab_size, (count, 1), generator=generator)
-        while ids.shape[1] < length:
-            likely = model(input_ids=ids).logits[:, -1].float().softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], dim=1)
-        return ids
-
-    return sample

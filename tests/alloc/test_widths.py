@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rankwise
+from rankwise.alloc import widths
 from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature, collect
 from rankwise.alloc.factors import definite
@@ -39,7 +40,7 @@ class Bench:
         where: dict[str, Any] = {"device": CPU, "planned": planned}
         return choose_channels(self.model, self.curvature, method, self.windows[:1], folder, **where)
 
-    def factors(self, folder: Path, channels: Channels) -> FactorStore:
+    def factors(self, folder: Path, channels: Channels | None) -> FactorStore:
         how: dict[str, Any] = {"sides": "two", "device": CPU, "channels": channels}
         return factorize_model(self.model, self.curvature, folder, **how)
 
@@ -122,6 +123,25 @@ def test_layers_that_are_kept_keep_their_channels(bench: Callable[..., Bench], t
     channels = bench().choose(tmp_path / "channels", 0.6, keep=("model.layers.0.mlp.up_proj",))
     assert lost(channels)[0] == 0
     assert lost(channels)[1] > 0
+
+
+@FAMILIES
+def test_channels_go_only_where_they_save_enough(
+    family: str, bench: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(family)
+    monkeypatch.setattr(widths, "WORTH", 0.0)
+    narrow = b.choose(tmp_path / "0")
+    method = rankwise.Global(0.6, rank_multiple=1)
+    stores = b.factors(tmp_path / "factors", narrow), b.factors(tmp_path / "whole", None)
+    fewer, whole = (method.allocate(store, "fp32").loss for store in stores)
+    assert fewer is not None
+    assert whole is not None
+    saved = 1 - fewer / whole
+    assert saved > 0
+    for share, found in ((0.7, lost(narrow)), (1.3, [0, 0])):
+        monkeypatch.setattr(widths, "WORTH", share * saved)
+        assert lost(b.choose(tmp_path / str(share))) == found
 
 
 def test_what_is_done_is_found_again(

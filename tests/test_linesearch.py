@@ -1,0 +1,65 @@
+"""The line search: the share of a refit that loses least on text, and a model that is as it was."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from refitting import CPU, Fit, make_fit
+
+from rankwise.alloc.methods import Global
+from rankwise.alloc.refitted import Refitted
+from rankwise.evaluate import perplexity
+from rankwise.linesearch import search_share
+from rankwise.pipeline import compress
+from rankwise.storage import Precision
+
+
+@pytest.fixture
+def fit(tiny: Callable[..., Any], spoken: Callable[..., torch.Tensor], tmp_path: Path) -> Fit:
+    model = tiny("llama")
+    return make_fit(model, spoken(model, 32, 32), tmp_path, Global(0.7, rank_multiple=1))
+
+
+def search(fit: Fit, judges: torch.Tensor | None = None) -> Any:
+    """What is chosen, and the losses."""
+    text = fit.judges if judges is None else judges
+    return search_share(fit.model, fit.plan, fit.refitted, fit.curvature, text, device=CPU)
+
+
+def test_losses_are_those_of_the_compressed_models(fit: Fit) -> None:
+    before = {name: tensor.clone() for name, tensor in fit.model.state_dict().items()}
+    best, losses = search(fit)
+    assert list(losses) == [1.0, 0.75, 0.5, 0.0]
+    for share, store in ((1.0, fit.refitted), (0.0, fit.store), (min(losses, key=losses.__getitem__), best)):
+        small = compress(deepcopy(fit.model), fit.plan, store)
+        assert math.log(perplexity(small, fit.judges)) == pytest.approx(losses[share], rel=1e-6)
+    after = fit.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert any(spec.kind == "dense" for _, spec in fit.plan)  # which a refit changes in place
+
+
+def test_the_old_factors_stay_where_every_share_loses(fit: Fit, tmp_path: Path) -> None:
+    spoilt = Refitted(tmp_path / "spoilt", fit.store, {})
+    for index in range(2):
+        layers = {
+            name: {part: tensor * (3 if part in ("u", "weight") else 1) for part, tensor in parts.items()}
+            for name, parts in fit.refitted.tensors(index).items()
+        }
+        names = list(fit.store.layers[index])
+        spoilt.write(index, layers, {name: fit.refitted.outcomes()[name] for name in names})
+    fit.refitted = spoilt
+    best, losses = search(fit)
+    assert min(losses, key=losses.__getitem__) == 0.0
+    assert best is fit.store
+
+
+def test_what_is_to_be_rounded_is_judged_before_that(fit: Fit) -> None:
+    _, plain = search(fit)
+    fit.plan = fit.plan.stored_as(Precision("int8"))
+    _, losses = search(fit)
+    assert losses == plain
