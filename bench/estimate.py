@@ -30,6 +30,7 @@ from rankwise.alloc.methods import METHODS, Method
 from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
 from rankwise.factoring import factors_name, make_factors
+from rankwise.linesearch import search_share
 from rankwise.pipeline import compress
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
@@ -119,7 +120,8 @@ def count(method: Method, size: int, folder: Path) -> Stages:
     if method.refits:
         into = Refitted(folder / "refit", store, {})
         with stages.stage("refit"):
-            target = refit(model, plan, store, curvature, inputs, judges, into, device=CPU, track=on_terminal)
+            whole = refit(model, plan, store, curvature, inputs, judges, into, device=CPU, track=on_terminal)
+            target, _ = search_share(model, plan, whole, curvature, judges, device=CPU, track=on_terminal)
     with stages.stage("layers"):
         compress(model, plan, target)
     return stages

@@ -7,13 +7,11 @@ rounding included, and the one with the least loss on windows that the input mom
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
 from rankwise.engine.doors.hf import detach
 from rankwise.evaluate import perplexity
@@ -31,12 +29,12 @@ class Candidate:
 
     Args:
         plan: kinds, ranks and precisions.
-        store: the factors that it was made from, or these refitted.
+        store: the factors that it was made from.
         rounding: as the job rounds; what it keeps on disk is found again when the plan is carried out for good.
     """
 
     plan: RankPlan
-    store: FactorStore | Refitted
+    store: FactorStore
     rounding: Rounding
 
 
@@ -61,7 +59,10 @@ def choose(
     """
     losses: dict[str, float] = {}
     if len(candidates) > 1 and len(judges):
-        losses = {name: loss_of(candidate, model, judges, device, track) for name, candidate in candidates.items()}
+        for name, candidate in candidates.items():
+            with carried_out(candidate, model, track):
+                losses[name] = math.log(perplexity(model.to(roomy(device, model)), judges, track=track))
+                model.to("cpu")
     first = next(iter(candidates))
     best = min(candidates, key=lambda name: losses.get(name, math.inf))
     if losses and losses[first] - losses[best] < MARGIN:
@@ -71,22 +72,11 @@ def choose(
     return candidates[best]
 
 
-def loss_of(candidate: Candidate, model: Any, judges: torch.Tensor, device: torch.device, track: Track) -> float:
-    """Nats a token on windows `[N, T]`; the model is dense, as it is again afterwards."""
-    with carried_out(candidate, model, track):
-        loss = math.log(perplexity(model.to(roomy(device, model)), judges, track=track))
-        model.to("cpu")
-    return loss
-
-
 @contextmanager
 def carried_out(candidate: Candidate, model: Any, track: Track) -> Iterator[None]:
     """The model as a plan makes it; afterwards its own layers are back. Both are in memory meanwhile."""
-    own = {name: model.get_submodule(name) for name, _ in candidate.plan}
+    own = {name: model.get_submodule(name) for name in candidate.plan.compressed}
     try:
-        if isinstance(candidate.store, Refitted):  # it writes into layers that stay dense
-            for name in own.keys() - candidate.plan.compressed.keys():
-                model.set_submodule(name, deepcopy(own[name]))
         compress(model, candidate.plan, candidate.store, rounding=candidate.rounding, track=track)
         yield
     finally:

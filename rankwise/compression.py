@@ -136,7 +136,6 @@ def _from_text(work: Work, given: RankPlan | None) -> Made:
         plan, _ = _plan(work, given, store, curvature)
     else:
         best = plan_bytes(work, store, curvature)
-        assert isinstance(best.store, FactorStore)
         plan, store = best.plan, best.store
     plan = plan if precision is None else plan.stored_as(precision, config.method.pins)
     plan.provenance |= provenance(config, curvature.identity, weights)

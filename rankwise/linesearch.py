@@ -4,19 +4,23 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from rankwise.alloc.curvature import Curvature
+from rankwise.alloc.mlps import swapped
 from rankwise.alloc.partway import BETWEEN, part_way
+from rankwise.alloc.refit import old_tensors
 from rankwise.alloc.refitted import Refitted
+from rankwise.alloc.solve import Tensors, product
 from rankwise.alloc.store import FactorStore
-from rankwise.candidates import Candidate, loss_of
+from rankwise.anatomy import block_linears, weight_of
+from rankwise.evaluate import perplexity
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
-from rankwise.quantize import nearest
-from rankwise.storage import Precision
-from rankwise.zoo import model_dtype
+from rankwise.room import roomy
 
 
+@torch.no_grad()
 def search_share(
     model: Any,
     plan: RankPlan,
@@ -31,11 +35,11 @@ def search_share(
 
     Args:
         model: dense, in host memory; as it was afterwards.
-        plan: kinds and ranks; what it rounds is judged before rounding.
+        plan: kinds and ranks.
         refitted: the whole refit; parts of it go into folders beside its own.
         curvature: of the dense model.
         judges: `[N, T]` token ids that nothing was fitted to.
-        device: where layers are worked out, and where the compressed models run if they fit.
+        device: where layers are worked out, and where the model runs if it fits twice.
         track: progress.
 
     Returns:
@@ -46,9 +50,35 @@ def search_share(
         place = refitted.folder.with_name(f"{refitted.folder.name}-{share:g}")
         into = Refitted(place, refitted.base, refitted.identity | {"share": share})
         tried[share] = part_way(model, plan, refitted, curvature, share, into, device=device, track=track)
-    whole = plan.stored_as(Precision(model_dtype(model)))
-    losses = {}
-    for share in sorted(tried, reverse=True):
-        losses[share] = loss_of(Candidate(whole, tried[share], nearest), model, judges, device, track)
+    model.to(roomy(device, model, copies=2))
+    losses = {share: loss_with(model, plan, tried[share], judges, track) for share in sorted(tried, reverse=True)}
+    model.to("cpu")
     best = min(losses, key=lambda share: losses[share] if math.isfinite(losses[share]) else math.inf)
     return tried[best], losses
+
+
+def loss_with(
+    model: Any, plan: RankPlan, factors: FactorStore | Refitted, judges: torch.Tensor, track: Track = silent
+) -> float:
+    """Nats a token of a dense model whose linear layers have the factors' products for weights: that needs no pivots.
+
+    Args:
+        model: on any device; as it was afterwards.
+        plan: kinds and ranks; precisions do not count.
+        factors: of the plan, or refitted.
+        judges: `[N, T]` token ids.
+        track: progress.
+    """
+    linears: dict[str, nn.Module] = {}
+    weights: Tensors = {}
+    for index, block in enumerate(block_linears(model)):
+        linears |= block
+        if isinstance(factors, Refitted):
+            found = factors.weights(index)
+        else:
+            olds = {name: old_tensors(factors, name, plan.layers[name], weight_of(m)) for name, m in block.items()}
+            found = {name: product(old) for name, old in olds.items() if old}
+        weights |= {name: weight.to(weight_of(block[name]).dtype) for name, weight in found.items()}
+    rows = {name: kept for name in weights if (kept := factors.rows(name)) is not None}
+    with swapped(linears, weights, rows):
+        return math.log(perplexity(model, judges, track=track))

@@ -15,9 +15,9 @@ from rankwise.plan import RankPlan
 from rankwise.weights import needs_curvature, needs_factors
 
 
-def roomy(device: torch.device, model: Any) -> torch.device:
-    """The device, or the CPU where the whole model would not fit on it."""
-    if device.type == "cuda" and 1.25 * tensor_bytes(model) > torch.cuda.mem_get_info(device)[0]:
+def roomy(device: torch.device, model: Any, copies: int = 1) -> torch.device:
+    """The device, or the CPU where the whole model, or so many copies of it, would not fit on it."""
+    if device.type == "cuda" and (copies + 0.25) * tensor_bytes(model) > torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
     return device
 

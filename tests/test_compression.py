@@ -17,12 +17,13 @@ import rankwise
 from rankwise import compression, room
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.refitted import Refitted
+from rankwise.alloc.store import FactorStore
 from rankwise.anatomy import weight_of
-from rankwise.candidates import Candidate
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import folder_bytes, verify
 from rankwise.errors import RankwiseError
+from rankwise.plan import RankPlan
 from rankwise.storage import Precision
 from rankwise.text import token_windows
 from rankwise.zoo import load_model
@@ -179,12 +180,11 @@ def liked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """`liked(0.5)`: text likes this share of a refit best; what it likes of random weights is chance."""
 
     def like(share: float) -> None:
-        def loss(candidate: Candidate, *_: Any) -> float:
-            store = candidate.store
-            own = store.identity.get("share", 1.0) if isinstance(store, Refitted) else 0.0
+        def loss(model: Any, plan: RankPlan, factors: FactorStore | Refitted, *_: Any) -> float:
+            own = factors.identity.get("share", 1.0) if isinstance(factors, Refitted) else 0.0
             return abs(own - share)
 
-        monkeypatch.setattr("rankwise.linesearch.loss_of", loss)
+        monkeypatch.setattr("rankwise.linesearch.loss_with", loss)
 
     return like
 
