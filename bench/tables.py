@@ -13,6 +13,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COMPARED = (
+    *("uniform (SVD-LLM)", "SVD-LLM v2", "D-Rank", "ASVD", "Dobi-SVD (ranks)", "ARS", "LLRC, any-k", "STRS, whitened"),
+    *("ARA, as published", "ARA, mended", "global", "rankwise"),
+)
 
 
 def main() -> None:
@@ -71,22 +75,45 @@ def zeroshot() -> str:
     )
 
 
+def comparison() -> str:
+    """The methods of the papers and the default, as published or as their paper would have them."""
+    rows = read("cpu/methods.jsonl")
+    columns, body = perplexities([row for row in rows if row["name"] in COMPARED])
+    table = markdown(["method", *columns], [line for line, _ in body])
+    return f"{table}\nPerplexity (lower is better), {setting(rows)}"
+
+
 def methods() -> str:
     """Perplexity of every method: a row a method, a column a ratio and test text."""
     rows = read("cpu/methods.jsonl")
-    dense = next(row for row in rows if row["name"] == "dense")
-    others = [row for row in rows if row is not dense]
+    columns, body = perplexities([row for row in rows if row["name"] != "dense"])
+    lines = []
+    for line, found in body:
+        spent = ", ".join(f"{row['seconds']:.0f}" for row in found)
+        lines.append([*line, spent, f"{max(row['peak_bytes'] for row in found) / 1e9:.1f}"])
+    heads = ["method", *columns, "seconds", "peak GB"]
+    cost = "Seconds without curvature and factors, which all share.\n"
+    return f"{markdown(heads, lines)}\nPerplexity (lower is better), {setting(rows).rstrip()} {cost}"
+
+
+def perplexities(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[list[str], list[dict[str, Any]]]]]:
+    """Heads of the columns, a ratio and test text each; a line a method, the worst first, and its rows."""
     columns = sorted(
-        {(row["ratio"], test) for row in others for test in row["tests"]}, key=lambda c: (-c[0], c[1] == "c4")
+        {(row["ratio"], test) for row in rows for test in row["tests"]}, key=lambda c: (-c[0], c[1] == "c4")
     )
     body = []
-    for name in dict.fromkeys(row["name"] for row in others):
-        found = {row["ratio"]: row for row in others if row["name"] == name}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = {row["ratio"]: row for row in sorted(rows, key=lambda row: -row["ratio"]) if row["name"] == name}
         figures = [f"{found[r]['perplexity'][t]:.2f}" if r in found else "–" for r, t in columns]
-        spent = ", ".join(f"{found[r]['seconds']:.0f}" for r in dict.fromkeys(r for r, _ in columns) if r in found)
-        peak = max(row["peak_bytes"] for row in found.values()) / 1e9
-        body.append([name, *figures, spent, f"{peak:.1f}"])
-    heads = ["method", *(f"{r:.0%}, {t}" for r, t in columns), "seconds", "peak GB"]
+        body.append(([name, *figures], list(found.values())))
+    body.sort(key=lambda entry: [-row["perplexity"]["wikitext2"] for row in entry[1] if row["ratio"] == 0.8] or [0.0])
+    return [f"{ratio:.0%}, {test}" for ratio, test in columns], body
+
+
+def setting(rows: list[dict[str, Any]]) -> str:
+    """What the methods were measured on."""
+    dense = next(row for row in rows if row["name"] == "dense")
+    others = [row for row in rows if row is not dense]
     before = ", ".join(f"{test} {value:.2f}" for test, value in dense["perplexity"].items())
     two = next((row for row in others if "+" in row["calibration"]), None)
     of_two = two and (
@@ -95,12 +122,10 @@ def methods() -> str:
     )
     missed, worst = max((abs(row["measured_ratio"] / row["ratio"] - 1), row["name"]) for row in others)
     return (
-        f"{markdown(heads, body)}\nPerplexity (lower is better), dense: {before}. `{dense['model']}` in "
-        f"{dense['dtype']}, curvature from {calibration(dense)}{of_two or ''}, tests on "
-        f"{dense['windows']} windows, {dense['seq_len']} tokens each; masks trained {dense['steps']} steps of "
+        f"dense: {before}. `{dense['model']}` in {dense['dtype']}, curvature from {calibration(dense)}{of_two or ''}, "
+        f"tests on {dense['windows']} windows, {dense['seq_len']} tokens each; masks trained {dense['steps']} steps of "
         f"{dense['train_len']} tokens, WikiText-2 and C4 in turn. Ratios met within {missed:.2%} "
-        f"({worst}). Seconds without curvature and factors, which all share. "
-        f"{dense['device']}, {versions(dense)}.\n"
+        f"({worst}). {dense['device']}, {versions(dense)}.\n"
     )
 
 
@@ -206,8 +231,8 @@ def versions(row: dict[str, Any]) -> str:
 
 
 def measured(name: str) -> bool:
-    """Whether a table's result file is there; that of `quality` is committed and has to be."""
-    return name == "quality" or (RESULTS / "cpu" / f"{name}.jsonl").exists()
+    """Whether a table's result file is there; those of `quality` and `methods` are committed and have to be."""
+    return name in ("quality", "comparison") or (RESULTS / "cpu" / f"{name}.jsonl").exists()
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -237,6 +262,7 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
 
 TABLES = {
     "backends": backends,
+    "comparison": comparison,
     "estimate": estimate,
     "methods": methods,
     "quality": quality,
