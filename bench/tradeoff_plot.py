@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench.studies.plots import save
+
 ROOT = Path(__file__).parent.parent
 ROWS, OUT = ROOT / "bench" / "results" / "cpu" / "tradeoff.jsonl", ROOT / "docs" / "tradeoff.svg"
 CHOSEN = ("chosen together, channels too", "chosen together", "ranks, then int4 by 64")
@@ -36,7 +38,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     """Draw the rotated model's rows."""
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    draw([row for row in rows if not row["plain"]]).savefig(OUT, metadata={"Date": None})
+    save(draw([row for row in rows if not row["plain"]]), OUT)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,8 +18,14 @@ def figure(name: str, draw: Callable[[Axes], None], *, width: float = 6.0, heigh
     draw(made.add_subplot())
     FIGURES.mkdir(parents=True, exist_ok=True)
     path = FIGURES / f"{name}.svg"
-    made.savefig(path, metadata={"Date": None})
+    save(made, path)
     return path
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As an SVG that is the same each time."""
+    with rc_context({"svg.hashsalt": "rankwise"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def lines(rows: Sequence[Row], x: Callable[[Row], float], test: str, heading: str, log: bool) -> Callable[[Axes], None]:
