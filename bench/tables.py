@@ -15,7 +15,7 @@ RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMPARED = (
     *("uniform (SVD-LLM)", "SVD-LLM v2", "D-Rank", "ASVD", "Dobi-SVD (ranks)", "ARS", "LLRC, any-k", "STRS, whitened"),
-    *("ARA, as published", "ARA, mended", "global", "rankwise"),
+    *("ARA, as published", "ARA, mended", "global", "global, two texts", "rankwise"),
 )
 
 
@@ -78,6 +78,8 @@ def zeroshot() -> str:
 def comparison() -> str:
     """The methods of the papers and the default, as published or as their paper would have them."""
     rows = read("cpu/methods.jsonl")
+    if missing := set(COMPARED) - {row["name"] for row in rows}:
+        sys.exit(f"no rows of {', '.join(sorted(missing))} to compare")
     columns, body = perplexities([row for row in rows if row["name"] in COMPARED])
     table = markdown(["method", *columns], [line for line, _ in body])
     return f"{table}\nPerplexity (lower is better), {setting(rows)}"

@@ -209,10 +209,12 @@ def _refit(work: Work, plan: RankPlan, store: FactorStore, curvature: Curvature)
     into = Refitted(work.folder / "refit", store, identity)
     where: dict[str, Any] = {"device": resolve_device(work.config.device), "track": work.track}
     found = refit(work.model, plan, store, curvature, learn, judges, into, **where).outcomes()
-    kept = sum(outcome.share is not None for outcome in found.values())
-    plan.provenance["refit"] = {"layers": kept, "gain": sum(outcome.gain for outcome in found.values())}
+    moved = sum(outcome.share is not None for outcome in found.values())
     best, losses = search_share(work.model, plan, into, curvature, judges, **where)
-    plan.provenance["refit"]["shares"] = [{"share": share, "measured": loss} for share, loss in losses.items()]
+    shares = [{"share": share, "measured": loss} for share, loss in losses.items()]
+    kept = min(losses, key=losses.__getitem__)
+    gain = sum(outcome.gain for outcome in found.values())  # of the whole refit, as `moved` is
+    plan.provenance["refit"] = {"layers": moved, "gain": gain, "shares": shares, "kept": kept}
     return best
 
 

@@ -14,10 +14,14 @@ from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.solve import Tensors, product
 from rankwise.alloc.store import FactorStore
 from rankwise.anatomy import block_linears, weight_of
+from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
+from rankwise.files import read_json, write_json
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
 from rankwise.room import roomy
+
+LOSSES = "shares.json"  # beside the blocks of a refit
 
 
 @torch.no_grad()
@@ -38,23 +42,32 @@ def search_share(
         plan: kinds and ranks.
         refitted: the whole refit; parts of it go into folders beside its own.
         curvature: of the dense model.
-        judges: `[N, T]` token ids that nothing was fitted to.
+        judges: `[N, T]` token ids, those that judged each layer of the refit.
         device: where layers are worked out, and where the model runs if it fits twice.
         track: progress.
 
     Returns:
-        Those factors, the old ones if every share of the refit loses more; and share to loss, nats a token.
+        Those factors, the old ones if every share of the refit loses more; and share to loss, nats a token, of the
+        shares that can be run. Losses are kept beside the refit: a job that is continued decides as before.
+
+    Raises:
+        RankwiseError: NaN or Inf, whatever the share.
     """
     tried: dict[float, FactorStore | Refitted] = {1.0: refitted, 0.0: refitted.base}
     for share in BETWEEN:
         place = refitted.folder.with_name(f"{refitted.folder.name}-{share:g}")
         into = Refitted(place, refitted.base, refitted.identity | {"share": share})
         tried[share] = part_way(model, plan, refitted, curvature, share, into, device=device, track=track)
-    model.to(roomy(device, model, copies=2))
-    losses = {share: loss_with(model, plan, tried[share], judges, track) for share in sorted(tried, reverse=True)}
-    model.to("cpu")
-    best = min(losses, key=lambda share: losses[share] if math.isfinite(losses[share]) else math.inf)
-    return tried[best], losses
+    path = refitted.folder / LOSSES
+    if not path.exists():
+        model.to(roomy(device, model, copies=2))
+        found = [(share, loss_with(model, plan, tried[share], judges, track)) for share in sorted(tried, reverse=True)]
+        model.to("cpu")
+        write_json(path, [[share, loss] for share, loss in found if math.isfinite(loss)])
+    losses: dict[float, float] = dict(read_json(path))
+    if not losses:
+        raise RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")
+    return tried[min(losses, key=losses.__getitem__)], losses
 
 
 def loss_with(
@@ -74,11 +87,13 @@ def loss_with(
     for index, block in enumerate(block_linears(model)):
         linears |= block
         if isinstance(factors, Refitted):
-            found = factors.weights(index)
+            found = factors.tensors(index)
         else:
-            olds = {name: old_tensors(factors, name, plan.layers[name], weight_of(m)) for name, m in block.items()}
-            found = {name: product(old) for name, old in olds.items() if old}
-        weights |= {name: weight.to(weight_of(block[name]).dtype) for name, weight in found.items()}
+            found = {name: old_tensors(factors, name, plan.layers[name], weight_of(m)) for name, m in block.items()}
+        for name, parts in found.items():
+            if parts:
+                own = weight_of(block[name])
+                weights[name] = product({part: tensor.to(own.device) for part, tensor in parts.items()}).to(own.dtype)
     rows = {name: kept for name in weights if (kept := factors.rows(name)) is not None}
     with swapped(linears, weights, rows):
         return math.log(perplexity(model, judges, track=track))

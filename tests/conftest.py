@@ -28,7 +28,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from rankwise.alloc.refitted import Refitted
+from rankwise.alloc.store import FactorStore
 from rankwise.cli import main
+from rankwise.plan import RankPlan
 from rankwise.zoo import quiet_transformers
 
 quiet_transformers()
@@ -148,3 +151,17 @@ def spoken() -> Callable[..., torch.Tensor]:
         return ids
 
     return sample
+
+
+@pytest.fixture
+def liked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """`liked(0.5)`: text likes this share of a refit best; what it likes of random weights is chance."""
+
+    def like(share: float) -> None:
+        def loss(model: Any, plan: RankPlan, factors: FactorStore | Refitted, *_: Any) -> float:
+            own = factors.identity.get("share", 1.0) if isinstance(factors, Refitted) else 0.0
+            return abs(own - share)
+
+        monkeypatch.setattr("rankwise.linesearch.loss_with", loss)
+
+    return like

@@ -16,14 +16,11 @@ from transformers import AutoModelForCausalLM
 import rankwise
 from rankwise import compression, room
 from rankwise.alloc.methods.base import Method
-from rankwise.alloc.refitted import Refitted
-from rankwise.alloc.store import FactorStore
 from rankwise.anatomy import weight_of
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig
 from rankwise.engine.checkpoint import folder_bytes, verify
 from rankwise.errors import RankwiseError
-from rankwise.plan import RankPlan
 from rankwise.storage import Precision
 from rankwise.text import token_windows
 from rankwise.zoo import load_model
@@ -175,20 +172,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def liked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """`liked(0.5)`: text likes this share of a refit best; what it likes of random weights is chance."""
-
-    def like(share: float) -> None:
-        def loss(model: Any, plan: RankPlan, factors: FactorStore | Refitted, *_: Any) -> float:
-            own = factors.identity.get("share", 1.0) if isinstance(factors, Refitted) else 0.0
-            return abs(own - share)
-
-        monkeypatch.setattr("rankwise.linesearch.loss_with", loss)
-
-    return like
-
-
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_refitted_weights_reach_the_checkpoint(
@@ -210,6 +193,7 @@ def test_refitted_weights_reach_the_checkpoint(
     assert plan.provenance["refit"]["gain"] > 0
     told = plan.provenance["refit"]["shares"]
     assert told == [{"share": tried, "measured": abs(tried - share)} for tried in (1.0, 0.75, 0.5, 0.0)]
+    assert plan.provenance["refit"]["kept"] == share
     assert "refit" not in plain.provenance
     before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "refit")
     assert before.keys() == after.keys()
@@ -233,8 +217,20 @@ def test_a_refit_that_loses_does_not_reach_it(
     model = model_folder("llama")
     compress_to_folder(quick(model, tmp_path / "plain", text_file, rankwise.Global(0.6, rank_multiple=1)))
     plan = compress_to_folder(quick(model, tmp_path / "refit", text_file, rankwise.Rankwise(0.6, rank_multiple=1)))
-    assert plan.provenance["refit"]["layers"] > 0
+    assert plan.provenance["refit"]["kept"] == 0.0
     assert same(tmp_path / "plain", tmp_path / "refit")
+
+
+def test_part_of_a_refit_is_another_checkpoint(
+    model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, liked: Callable[[float], None]
+) -> None:
+    files = []
+    for share in (1.0, 0.75, 0.5, 0.0):
+        liked(share)
+        out = tmp_path / str(share)
+        compress_to_folder(quick(model_folder("llama"), out, text_file, rankwise.Rankwise(0.6, rank_multiple=1)))
+        files.append((out / "model.safetensors").read_bytes())
+    assert len(set(files)) == 4
 
 
 def test_refit_can_be_asked_for_and_left_out(

@@ -79,7 +79,10 @@ def test_the_default_method_refits_what_is_left(model_folder: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["factors", "refitted"])
-def test_what_is_left_is_rounded_in_its_own_metric(refit: bool, tokenizer: Any, tmp_path: Path) -> None:
+def test_what_is_left_is_rounded_in_its_own_metric(
+    refit: bool, tokenizer: Any, tmp_path: Path, liked: Callable[[float], None]
+) -> None:
+    liked(1.0)
     wide_model().save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
     method = rankwise.Global(0.6915, kinds=("dense", "lowrank"), rank_multiple=32, channel_multiple=32)
@@ -102,7 +105,10 @@ def test_scores_keep_all_channels(model_folder: Callable[[str], Path], tmp_path:
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["factors", "refitted"])
-def test_what_is_left_can_be_healed(refit: bool, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_is_left_can_be_healed(
+    refit: bool, model_folder: Callable[[str], Path], tmp_path: Path, liked: Callable[[float], None]
+) -> None:
+    liked(0.5)
     plan = command(model_folder("llama"), tmp_path / "small", heal=4, refit=refit)
     assert any(spec.dense_shape for _, spec in plan)
     healed = plan.provenance["heal"]

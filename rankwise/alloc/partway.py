@@ -12,7 +12,7 @@ from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.refit import old_tensors
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.solve import Tensors, product
-from rankwise.alloc.store import Metric, metric_of
+from rankwise.alloc.store import Metric, factorize_block, metric_of
 from rankwise.anatomy import block_linears, weight_of
 from rankwise.plan import RankPlan
 from rankwise.progress import Track, silent
@@ -51,22 +51,29 @@ def part_way(
     with track("part of the refit", len(linears)) as advance:
         for index, block in enumerate(linears):
             if not into.file(index).exists():
-                metric = metric_of(curvature, index, sides, store.channels)
-                found = refitted.tensors(index)
+                found, between = refitted.tensors(index), {}
                 for name in [name for name in found if outcomes[name].share is not None]:
                     weight = weight_of(block[name])
-                    old = old_tensors(store, name, plan.layers[name], weight)
-                    before = (product(old) if old else weight).to(device).float()
-                    between = torch.lerp(before, product(found[name]).to(device), share)
-                    found[name] = _of_rank(name, between, plan.layers[name].rank, found[name], metric)
+                    old = old_tensors(store, name, plan.layers[name], weight) or {"weight": weight.float()}
+                    first, last = (_product(parts, device) for parts in (old, found[name]))
+                    between[name] = torch.lerp(first, last, share)
+                metric = metric_of(curvature, index, sides, store.channels)
+                found |= _in_form(between, found, plan, metric)
                 into.write(index, found, {name: outcomes[name] for name in block})
             advance()
     return into
 
 
-def _of_rank(name: str, weight: torch.Tensor, rank: int, form: Tensors, metric: Metric) -> Tensors:
-    """A matrix `[m, n]` in the form that a layer has."""
-    if "weight" in form:
-        return {"weight": weight}
-    made = metric({name: weight})[name]
-    return {"u": made.u[:, :rank].contiguous(), "v": made.v[:rank].contiguous()}
+def _product(parts: Tensors, device: torch.device) -> torch.Tensor:
+    return product({part: tensor.to(device) for part, tensor in parts.items()})
+
+
+def _in_form(weights: Tensors, form: dict[str, Tensors], plan: RankPlan, metric: Metric) -> dict[str, Tensors]:
+    """Matrices `[m, n]` as what their layers have: a weight, or factors of the plan's rank."""
+    made: dict[str, Tensors] = {name: {"weight": weight} for name, weight in weights.items() if "weight" in form[name]}
+    factored = {name: weight for name, weight in weights.items() if name not in made}
+    tensors = factorize_block(factored, metric) if factored else {}
+    for name in factored:
+        rank, u, v = plan.layers[name].rank, tensors[f"{name}.u"], tensors[f"{name}.v"]
+        made[name] = {"u": u[:, :rank].contiguous(), "v": v[:rank].contiguous()}
+    return made

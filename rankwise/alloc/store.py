@@ -116,7 +116,7 @@ def factorize_model(
             if index in mine:
                 weights = {n: store.weight(n, weight_of(linear).to(device)) for n, linear in block.items()}
                 metric = metric_of(curvature, index, sides, channels)
-                write_tensors(store.file(index), _factorize_block(weights, metric), {})
+                write_tensors(store.file(index), factorize_block(weights, metric), {})
             advance()
     barrier()
     return store
@@ -138,7 +138,7 @@ def metric_of(curvature: Curvature, index: int, sides: str, channels: Channels |
     return together
 
 
-def _factorize_block(weights: dict[str, torch.Tensor], metric: Metric) -> dict[str, torch.Tensor]:
+def factorize_block(weights: dict[str, torch.Tensor], metric: Metric) -> dict[str, torch.Tensor]:
     """Factors of one block's layers, in host memory, under their names in the file."""
     try:
         found = metric(weights)

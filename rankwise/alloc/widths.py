@@ -3,7 +3,8 @@
 For a few widths of each MLP the spectra of its layers are worked out as they would be without the channels that cost
 least (`alloc.removal`). A block then has one curve of loss against parameters for each width, and the multiplier that
 meets the budget picks width and ranks together. The ranks are chosen once more, exactly, when the factors are there.
-Where channels promise little, as under large budgets, they all stay: predictions are not good enough to tell.
+Where channels promise little, as under large budgets of parameters, they all stay: predictions are not good enough to
+tell. (Budgets of bytes have plans with and without them tried on text.)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import nn
 from rankwise.alloc.budget import multiplier
 from rankwise.alloc.channels import Channels
 from rankwise.alloc.curvature import Curvature
-from rankwise.alloc.methods.base import LEAST, Method
+from rankwise.alloc.methods.base import LEAST, NEVER_SEEN, Method
 from rankwise.alloc.mlps import Mlp, find_mlp
 from rankwise.alloc.spectra import Block, Chooser, Option
 from rankwise.alloc.stream import BlockStream
@@ -41,18 +42,21 @@ class WidthBudget:
         choose: what a layer may become at a width.
         removal: what a nat lost with channels counts in the units of the choices' losses.
         target: what the choices of all layers may cost together.
+        worth: share of the predicted loss that taking out channels must save.
         identity: what else decides the choices, as JSON-ready data.
     """
 
     choose: Chooser
     removal: float
     target: float
+    worth: float
     identity: dict[str, Any]
 
 
 def parameter_budget(method: Method, total: int) -> WidthBudget:
     """A method's own: the share that it keeps of `total` parameters; energies are twice the loss."""
-    return WidthBudget(lambda n, shape, e: method.choices({n: shape}, {n: e})[n], 2.0, method.ratio * total, {})
+    target, identity = method.ratio * total, {"worth": WORTH}
+    return WidthBudget(lambda n, shape, e: method.choices({n: shape}, {n: e})[n], 2.0, target, WORTH, identity)
 
 
 def choose_channels(
@@ -85,11 +89,12 @@ def choose_channels(
     """
     linears = block_linears(model)
     originals = [{name: features(m) for name, m in block.items()} for block in linears]
-    asked: dict[str, Any] = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST, WORTH]}
+    asked: dict[str, Any] = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST]}
     if budget is not None:
         asked |= {"target": budget.target, **budget.identity}
     elif planned is None:
         budget = parameter_budget(method, sum(m * n for block in originals for m, n in block.values()))
+        asked |= budget.identity
     channels = Channels(folder / f"channels-{digest(asked, 8)}", originals, asked | curvature.identity)
     if is_main():
         claim(channels.folder, "channels", channels.identity)
@@ -136,7 +141,7 @@ def _choose(
     if budget is None:
         return [block.counts[-1] for block in blocks]
     options = [block.options(budget.choose, budget.removal) for block in blocks]
-    return _worthwhile(options, budget.target)
+    return _worthwhile(options, budget)
 
 
 def widths(mlp: Mlp, block: dict[str, nn.Module], method: Method) -> list[int]:
@@ -176,14 +181,15 @@ def _find(
         stream.close()
 
 
-def _worthwhile(blocks: list[list[Option]], target: float) -> list[int]:
+def _worthwhile(blocks: list[list[Option]], budget: WidthBudget) -> list[int]:
     """How many channels each block loses; none where that saves too little of the loss."""
-    picked = _pick(blocks, target)
+    picked = _pick(blocks, budget.target)
     all_stay = [[option for option in options if not option.lost] for options in blocks]
-    if _least_cost(option for options in all_stay for option in options) > target:
+    forced = _least_cost(option for options in all_stay for option in options) > budget.target
+    if forced or not budget.worth:
         return [option.lost for option in picked]
-    fewer, whole = (_loss_at(options, target) for options in ([[option] for option in picked], all_stay))
-    worth = fewer < (1 - WORTH) * whole
+    fewer, whole = (_loss_at(options, budget.target) for options in ([[option] for option in picked], all_stay))
+    worth = fewer < (1 - budget.worth) * whole
     return [option.lost if worth else 0 for option in picked]
 
 
@@ -195,9 +201,22 @@ def _pick(blocks: list[list[Option]], target: float) -> list[Option]:
 
 
 def _loss_at(blocks: list[list[Option]], target: float) -> float:
-    """The least predicted loss at a budget, by the Lagrangian's bound."""
+    """The least predicted loss at a budget, by the Lagrangian's bound; without layers that the text never reached."""
     price = _prices(blocks, target)[0]
-    return sum(value for value, _, _ in _best(blocks, price)) - price * target
+    found, spent = 0.0, 0
+    for options, (value, cost, _) in zip(blocks, _best(blocks, price), strict=True):
+        spent += cost
+        if value < NEVER_SEEN:
+            found += value - price * cost
+        else:
+            found += min(_seen(option, price) for option in options)
+    return found + price * (spent - target)
+
+
+def _seen(option: Option, price: float) -> float:
+    """What an option loses in layers that the text reached."""
+    best = [layer.loss[int(np.argmin(layer.loss + price * layer.cost))] for layer in option.layers]
+    return option.loss + float(sum(loss for loss in best if loss < NEVER_SEEN))
 
 
 def _prices(blocks: list[list[Option]], target: float) -> tuple[float, float]:

@@ -144,6 +144,23 @@ def test_channels_go_only_where_they_save_enough(
         assert lost(b.choose(tmp_path / str(share))) == found
 
 
+@pytest.mark.parametrize("kinds", [("dense", "lowrank"), ("lowrank",)], ids=["may stay dense", "must be factored"])
+def test_a_layer_that_the_text_never_reached_does_not_hide_what_is_saved(
+    kinds: tuple[str, ...], bench: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b, unseen = bench(), "model.layers.0.self_attn.q_proj"
+    metric = Curvature.metric
+
+    def without(self: Curvature, index: int) -> Any:
+        c, f = metric(self, index)
+        return c, {name: matrix * (name != unseen) for name, matrix in f.items()}
+
+    monkeypatch.setattr(Curvature, "metric", without)
+    for worth, some in ((0.0, True), (0.01, True), (0.9, False)):
+        monkeypatch.setattr(widths, "WORTH", worth)
+        assert any(lost(b.choose(tmp_path / str(worth), kinds=kinds))) == some
+
+
 def test_what_is_done_is_found_again(
     bench: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
