@@ -60,19 +60,21 @@ def search_share(
         tried[share] = part_way(model, plan, refitted, curvature, share, into, device=device, track=track)
     path = refitted.folder / LOSSES
     if not path.exists():
+        found = []
         model.to(roomy(device, model, copies=2))
-        found = [(share, loss_with(model, plan, tried[share], judges, track)) for share in sorted(tried, reverse=True)]
+        with track("how much of the refit", len(tried)) as advance:
+            for share in sorted(tried, reverse=True):
+                found.append((share, loss_with(model, plan, tried[share], judges)))
+                advance()
         model.to("cpu")
-        write_json(path, [[share, loss] for share, loss in found if math.isfinite(loss)])
+        write_json(path, [pair for pair in found if math.isfinite(pair[1])])
     losses: dict[float, float] = dict(read_json(path))
     if not losses:
         raise RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")
     return tried[min(losses, key=losses.__getitem__)], losses
 
 
-def loss_with(
-    model: Any, plan: RankPlan, factors: FactorStore | Refitted, judges: torch.Tensor, track: Track = silent
-) -> float:
+def loss_with(model: Any, plan: RankPlan, factors: FactorStore | Refitted, judges: torch.Tensor) -> float:
     """Nats a token of a dense model whose linear layers have the factors' products for weights: that needs no pivots.
 
     Args:
@@ -80,7 +82,6 @@ def loss_with(
         plan: kinds and ranks; precisions do not count.
         factors: of the plan, or refitted.
         judges: `[N, T]` token ids.
-        track: progress.
     """
     linears: dict[str, nn.Module] = {}
     weights: Tensors = {}
@@ -96,4 +97,4 @@ def loss_with(
                 weights[name] = product({part: tensor.to(own.device) for part, tensor in parts.items()}).to(own.dtype)
     rows = {name: kept for name in weights if (kept := factors.rows(name)) is not None}
     with swapped(linears, weights, rows):
-        return math.log(perplexity(model, judges, track=track))
+        return math.log(perplexity(model, judges))
