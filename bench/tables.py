@@ -82,7 +82,7 @@ def comparison() -> str:
         sys.exit(f"no rows of {', '.join(sorted(missing))} to compare")
     columns, body = perplexities([row for row in rows if row["name"] in COMPARED])
     table = markdown(["method", *columns], [line for line, _ in body])
-    return f"{table}\nPerplexity (lower is better), {setting(rows)}"
+    return f"{table}\nPerplexity (lower is better), {setting(rows)}\n"
 
 
 def methods() -> str:
@@ -94,8 +94,8 @@ def methods() -> str:
         spent = ", ".join(f"{row['seconds']:.0f}" for row in found)
         lines.append([*line, spent, f"{max(row['peak_bytes'] for row in found) / 1e9:.1f}"])
     heads = ["method", *columns, "seconds", "peak GB"]
-    cost = "Seconds without curvature and factors, which all share.\n"
-    return f"{markdown(heads, lines)}\nPerplexity (lower is better), {setting(rows).rstrip()} {cost}"
+    cost = "Seconds without curvature and factors, which all share."
+    return f"{markdown(heads, lines)}\nPerplexity (lower is better), {setting(rows)} {cost}\n"
 
 
 def perplexities(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[list[str], list[dict[str, Any]]]]]:
@@ -104,8 +104,9 @@ def perplexities(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[list
         {(row["ratio"], test) for row in rows for test in row["tests"]}, key=lambda c: (-c[0], c[1] == "c4")
     )
     body = []
+    rows = sorted(rows, key=lambda row: -row["ratio"])
     for name in dict.fromkeys(row["name"] for row in rows):
-        found = {row["ratio"]: row for row in sorted(rows, key=lambda row: -row["ratio"]) if row["name"] == name}
+        found = {row["ratio"]: row for row in rows if row["name"] == name}
         figures = [f"{found[r]['perplexity'][t]:.2f}" if r in found else "–" for r, t in columns]
         body.append(([name, *figures], list(found.values())))
     body.sort(key=lambda entry: [-row["perplexity"]["wikitext2"] for row in entry[1] if row["ratio"] == 0.8] or [0.0])
@@ -127,7 +128,7 @@ def setting(rows: list[dict[str, Any]]) -> str:
         f"dense: {before}. `{dense['model']}` in {dense['dtype']}, curvature from {calibration(dense)}{of_two or ''}, "
         f"tests on {dense['windows']} windows, {dense['seq_len']} tokens each; masks trained {dense['steps']} steps of "
         f"{dense['train_len']} tokens, WikiText-2 and C4 in turn. Ratios met within {missed:.2%} "
-        f"({worst}). {dense['device']}, {versions(dense)}.\n"
+        f"({worst}). {dense['device']}, {versions(dense)}."
     )
 
 

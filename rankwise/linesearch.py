@@ -94,7 +94,7 @@ def loss_with(model: Any, plan: RankPlan, factors: FactorStore | Refitted, judge
         for name, parts in found.items():
             if parts:
                 own = weight_of(block[name])
-                weights[name] = product({part: tensor.to(own.device) for part, tensor in parts.items()}).to(own.dtype)
+                weights[name] = product(parts, own.device).to(own.dtype)
     rows = {name: kept for name in weights if (kept := factors.rows(name)) is not None}
     with swapped(linears, weights, rows):
         return math.log(perplexity(model, judges))

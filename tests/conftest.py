@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     assert "triton" not in sys.modules  # it reads this when it is imported, which transformers does too
     os.environ["TRITON_INTERPRET"] = "1"
 
+from refitting import share_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -159,8 +160,7 @@ def liked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def like(share: float) -> None:
         def loss(model: Any, plan: RankPlan, factors: FactorStore | Refitted, *_: Any) -> float:
-            own = factors.identity.get("share", 1.0) if isinstance(factors, Refitted) else 0.0
-            return abs(own - share)
+            return abs(share_of(factors) - share)
 
         monkeypatch.setattr("rankwise.linesearch.loss_with", loss)
 

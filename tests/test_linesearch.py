@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from refitting import CPU, Fit, make_fit
+from refitting import CPU, Fit, make_fit, share_of
 
 from rankwise import linesearch
 from rankwise.alloc.methods import Global
@@ -27,15 +27,9 @@ def fit(tiny: Callable[..., Any], spoken: Callable[..., torch.Tensor], tmp_path:
     return make_fit(model, spoken(model, 32, 32), tmp_path, Global(0.7, rank_multiple=1))
 
 
-def search(fit: Fit, judges: torch.Tensor | None = None) -> Any:
+def search(fit: Fit) -> Any:
     """What is chosen, and the losses."""
-    text = fit.judges if judges is None else judges
-    return search_share(fit.model, fit.plan, fit.refitted, fit.curvature, text, device=CPU)
-
-
-def share_of(factors: FactorStore | Refitted) -> float:
-    """Of the refit."""
-    return factors.identity.get("share", 1.0) if isinstance(factors, Refitted) else 0.0
+    return search_share(fit.model, fit.plan, fit.refitted, fit.curvature, fit.judges, device=CPU)
 
 
 def with_share(fit: Fit, share: float) -> FactorStore | Refitted:

@@ -67,7 +67,7 @@ def byte_budget(
         options = [pair for pair in allowed(method, name, precisions, dtype) if table.knows(name, *pair)]
         return stored_choices(method, name, narrow, part, options, Trust())
 
-    identity = {"precisions": [str(precision) for precision in precisions]}
+    identity = {"target": target, "precisions": [str(precision) for precision in precisions]}
     return WidthBudget(choose, Trust().rank, target, 0.0, identity)
 
 

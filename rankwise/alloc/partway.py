@@ -52,20 +52,16 @@ def part_way(
         for index, block in enumerate(linears):
             if not into.file(index).exists():
                 found, between = refitted.tensors(index), {}
-                for name in [name for name in found if outcomes[name].share is not None]:
-                    weight = weight_of(block[name])
-                    old = old_tensors(store, name, plan.layers[name], weight) or {"weight": weight.float()}
-                    first, last = (_product(parts, device) for parts in (old, found[name]))
-                    between[name] = torch.lerp(first, last, share)
+                for name, new in found.items():
+                    if outcomes[name].share is not None:
+                        weight = weight_of(block[name])
+                        old = old_tensors(store, name, plan.layers[name], weight) or {"weight": weight.float()}
+                        between[name] = torch.lerp(product(old, device), product(new, device), share)
                 metric = metric_of(curvature, index, sides, store.channels)
                 found |= _in_form(between, found, plan, metric)
                 into.write(index, found, {name: outcomes[name] for name in block})
             advance()
     return into
-
-
-def _product(parts: Tensors, device: torch.device) -> torch.Tensor:
-    return product({part: tensor.to(device) for part, tensor in parts.items()})
 
 
 def _in_form(weights: Tensors, form: dict[str, Tensors], plan: RankPlan, metric: Metric) -> dict[str, Tensors]:

@@ -138,8 +138,10 @@ def refit_layer(
     return first, Outcome()
 
 
-def product(tensors: Tensors) -> torch.Tensor:
-    """The matrix `[m, n]` that a layer's tensors stand for, in their dtype."""
+def product(tensors: Tensors, device: torch.device | None = None) -> torch.Tensor:
+    """The matrix `[m, n]` that a layer's tensors stand for, in their dtype, where they are or on `device`."""
+    if device is not None:
+        tensors = {part: tensor.to(device) for part, tensor in tensors.items()}
     return tensors["weight"] if "weight" in tensors else tensors["u"] @ tensors["v"]
 
 

@@ -7,7 +7,7 @@ Where channels promise little, as under large budgets of parameters, they all st
 tell. (Budgets of bytes have plans with and without them tried on text.)
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class WidthBudget:
         removal: what a nat lost with channels counts in the units of the choices' losses.
         target: what the choices of all layers may cost together.
         worth: share of the predicted loss that taking out channels must save.
-        identity: what else decides the choices, as JSON-ready data.
+        identity: what decides the choices, beside the method's options, as JSON-ready data.
     """
 
     choose: Chooser
@@ -90,10 +90,9 @@ def choose_channels(
     linears = block_linears(model)
     originals = [{name: features(m) for name, m in block.items()} for block in linears]
     asked: dict[str, Any] = {"options": method.options(), "planned": planned, "widths": [WIDTHS, LEAST]}
-    if budget is not None:
-        asked |= {"target": budget.target, **budget.identity}
-    elif planned is None:
+    if budget is None and planned is None:
         budget = parameter_budget(method, sum(m * n for block in originals for m, n in block.values()))
+    if budget is not None:
         asked |= budget.identity
     channels = Channels(folder / f"channels-{digest(asked, 8)}", originals, asked | curvature.identity)
     if is_main():
@@ -184,11 +183,11 @@ def _find(
 def _worthwhile(blocks: list[list[Option]], budget: WidthBudget) -> list[int]:
     """How many channels each block loses; none where that saves too little of the loss."""
     picked = _pick(blocks, budget.target)
-    all_stay = [[option for option in options if not option.lost] for options in blocks]
-    forced = _least_cost(option for options in all_stay for option in options) > budget.target
+    all_stay = [option for options in blocks for option in options if not option.lost]
+    forced = _least_cost(all_stay) > budget.target
     if forced or not budget.worth:
         return [option.lost for option in picked]
-    fewer, whole = (_loss_at(options, budget.target) for options in ([[option] for option in picked], all_stay))
+    fewer, whole = (_loss_at(options, budget.target) for options in (picked, all_stay))
     worth = fewer < (1 - budget.worth) * whole
     return [option.lost if worth else 0 for option in picked]
 
@@ -200,17 +199,12 @@ def _pick(blocks: list[list[Option]], target: float) -> list[Option]:
     return above if _least_cost(above) <= target else [option for _, _, option in _best(blocks, high)]
 
 
-def _loss_at(blocks: list[list[Option]], target: float) -> float:
-    """The least predicted loss at a budget, by the Lagrangian's bound; without layers that the text never reached."""
+def _loss_at(options: list[Option], target: float) -> float:
+    """The least predicted loss at a budget and these widths, by the Lagrangian's bound; unseen layers do not count."""
+    blocks = [[option] for option in options]
     price = _prices(blocks, target)[0]
-    found, spent = 0.0, 0
-    for options, (value, cost, _) in zip(blocks, _best(blocks, price), strict=True):
-        spent += cost
-        if value < NEVER_SEEN:
-            found += value - price * cost
-        else:
-            found += min(_seen(option, price) for option in options)
-    return found + price * (spent - target)
+    spent = sum(cost for _, cost, _ in _best(blocks, price))
+    return sum(_seen(option, price) for option in options) + price * (spent - target)
 
 
 def _seen(option: Option, price: float) -> float:
@@ -223,7 +217,7 @@ def _prices(blocks: list[list[Option]], target: float) -> tuple[float, float]:
     return multiplier(lambda price: sum(cost for _, cost, _ in _best(blocks, price)), target)
 
 
-def _least_cost(options: Iterable[Option]) -> int:
+def _least_cost(options: list[Option]) -> int:
     return sum(int(layer.cost[0]) for option in options for layer in option.layers)
 
 

@@ -27,7 +27,7 @@ def test_gumbel_masks_follow_their_formula() -> None:
     kept = (soft > 0.5).nonzero()[:, 0]
     assert torch.equal(drawn.keep, kept)
     assert torch.equal(drawn.mask.detach(), (soft > 0.5).float())
-    assert float(drawn.rank) == len(kept)
+    assert float(drawn.rank.detach()) == len(kept)
 
 
 def test_top_k_masks_keep_as_many_of_the_first() -> None:

@@ -41,3 +41,8 @@ def make_fit(model: Any, windows: torch.Tensor, folder: Path, method: Global) ->
     into = Refitted(folder / "refit", store, {"layers": plan.to_dict()["layers"]})
     refitted = refit(model, plan, store, curvature, fit, judges, into, device=CPU)
     return Fit(model, curvature, store, plan, refitted, judges)
+
+
+def share_of(factors: FactorStore | Refitted) -> float:
+    """How much of a refit these factors are, by the name that the line search gave them."""
+    return factors.identity.get("share", 1.0) if isinstance(factors, Refitted) else 0.0
