@@ -8,13 +8,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankwise.alloc.store import FactorStore
 from rankwise.engine.doors.hf import detach
+from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
+from rankwise.files import digest, read_json, write_json
 from rankwise.pipeline import Rounding, compress
 from rankwise.plan import RankPlan
 from rankwise.progress import Track
@@ -42,6 +45,7 @@ def choose(
     candidates: dict[str, Candidate],
     model: Any,
     judges: torch.Tensor,
+    kept: Path,
     device: torch.device,
     track: Track,
 ) -> Candidate:
@@ -51,18 +55,21 @@ def choose(
         candidates: by what they were chosen from, the least predicted loss first.
         model: dense; as it was afterwards.
         judges: `[N, T]` token ids.
+        kept: the file of losses: a job that is continued goes by those that it has.
         device: where the compressed models run, if they fit.
         track: progress.
 
     Returns:
         That one; its plan's `provenance["candidates"]` names all with predicted and measured loss, nats a token.
+
+    Raises:
+        RankwiseError: NaN or Inf, whatever the plan.
     """
     losses: dict[str, float] = {}
     if len(candidates) > 1 and len(judges):
-        for name, candidate in candidates.items():
-            with carried_out(candidate, model, track):
-                losses[name] = math.log(perplexity(model.to(roomy(device, model)), judges, track=track))
-                model.to("cpu")
+        losses = _losses(candidates, model, judges, kept, device, track)
+        if not any(map(math.isfinite, losses.values())):
+            raise RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")
     first = next(iter(candidates))
     best = min(candidates, key=lambda name: losses.get(name, math.inf))
     if losses and losses[first] - losses[best] < MARGIN:
@@ -70,6 +77,22 @@ def choose(
     tried = [{"of": n, "predicted": c.plan.loss, "measured": losses.get(n)} for n, c in candidates.items()]
     candidates[best].plan.provenance["candidates"] = tried
     return candidates[best]
+
+
+def _losses(
+    candidates: dict[str, Candidate], model: Any, judges: torch.Tensor, kept: Path, device: torch.device, track: Track
+) -> dict[str, float]:
+    """Candidate to loss, infinite where there is none; measured, or found in the file, by what the layers become."""
+    known: dict[str, float | None] = dict(read_json(kept)) if kept.exists() else {}
+    keys = {name: digest(candidate.plan.to_dict()["layers"], 16) for name, candidate in candidates.items()}
+    for name, candidate in candidates.items():
+        if keys[name] not in known:
+            with carried_out(candidate, model, track):
+                known[keys[name]] = math.log(perplexity(model.to(roomy(device, model)), judges, track=track))
+                model.to("cpu")
+            write_json(kept, known)
+    found = {name: known[key] for name, key in keys.items()}
+    return {name: loss if loss is not None and math.isfinite(loss) else math.inf for name, loss in found.items()}
 
 
 @contextmanager

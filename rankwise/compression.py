@@ -191,8 +191,8 @@ def plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> Candidat
             found = byte_plans(work, some, table)
             made |= {of + name: Candidate(plan, some, rounding) for name, plan in found.items()}
     near = nearest_of({name: candidate.plan for name, candidate in made.items()}, config.candidates)
-    judges, device = work.windows["judges"], resolve_device(config.device)
-    return choose({name: made[name] for name in near}, work.model, judges, device, work.track)
+    given = {name: made[name] for name in near}, work.model, work.windows["judges"], work.folder / "candidates.json"
+    return choose(*given, resolve_device(config.device), work.track)
 
 
 def _rounding(work: Work, curvature: Curvature, factors: FactorStore | Refitted | None, *, fitted: bool) -> Rounding:

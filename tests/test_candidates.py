@@ -4,6 +4,7 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from rankwise.alloc.curvature import collect
 from rankwise.alloc.store import FactorStore, factorize_model
 from rankwise.anatomy import block_linears
 from rankwise.candidates import Candidate, choose
+from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
+from rankwise.files import read_json, write_json
 from rankwise.pipeline import compress
 from rankwise.plan import RankPlan
 from rankwise.progress import silent
@@ -38,11 +41,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, FactorStore, 
     return model, store, {"low": replace(low, layers=claimed), "rounded": rounded, "high": high}
 
 
-def judged(source: Any, *names: str, rounding: Rounding = nearest, windows: torch.Tensor = WINDOWS[6:]) -> RankPlan:
-    """What is chosen among some of the plans."""
+def judged(
+    source: Any,
+    *names: str,
+    rounding: Rounding = nearest,
+    windows: torch.Tensor = WINDOWS[6:],
+    kept: Path | None = None,
+) -> RankPlan:
+    """What is chosen among some of the plans; with `kept`, in a job that is continued."""
     model, store, plans = source
     candidates = {name: Candidate(plans[name], store, rounding) for name in names}
-    return choose(candidates, model, windows, CPU, silent).plan
+    with TemporaryDirectory() as folder:
+        return choose(candidates, model, windows, kept or Path(folder) / "losses.json", CPU, silent).plan
 
 
 def test_the_least_measured_loss_decides(source: Any) -> None:
@@ -81,8 +91,9 @@ def test_one_plan_is_not_tried(source: Any) -> None:
     assert plans["low"].provenance["candidates"][0]["measured"] is None
 
 
-def test_a_model_survives_a_candidate_that_fails(source: Any) -> None:
-    model = source[0]
+def test_a_model_survives_a_candidate_that_fails(source: Any, tmp_path: Path) -> None:
+    """And what was measured before it is not measured again."""
+    model, kept = source[0], tmp_path / "losses.json"
     calls = 0
 
     def fails(*given: Any) -> dict[str, torch.Tensor]:
@@ -94,9 +105,28 @@ def test_a_model_survives_a_candidate_that_fails(source: Any) -> None:
 
     expected = model(WINDOWS[:1]).logits
     with pytest.raises(KeyboardInterrupt):
-        judged(source, "rounded", "high", rounding=fails)
+        judged(source, "high", "rounded", rounding=fails, kept=kept)
     assert torch.equal(model(WINDOWS[:1]).logits, expected)
     assert block_linears(model)
+    [(key, loss)] = read_json(kept).items()
+    write_json(kept, {key: loss - 1.0})
+    assert judged(source, "low", "high", "rounded", kept=kept) is source[2]["high"]
+    told = {entry["of"]: entry["measured"] for entry in source[2]["high"].provenance["candidates"]}
+    assert told["high"] == loss - 1.0
+    assert told["rounded"] == pytest.approx(loss, abs=0.1)
+    again = judged(source, "low", "high", "rounded", rounding=pytest.fail, kept=kept)
+    assert told == {entry["of"]: entry["measured"] for entry in again.provenance["candidates"]}
+
+
+def test_what_cannot_be_run_is_not_taken(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is predicted; and where none can be run the job ends."""
+    measured = iter([math.nan, math.inf, 12.0])
+    monkeypatch.setattr("rankwise.candidates.perplexity", lambda *_, **__: next(measured))
+    assert judged(source, "low", "rounded", "high") is source[2]["high"]
+    assert [entry["measured"] for entry in source[2]["high"].provenance["candidates"]][:2] == [math.inf, math.inf]
+    monkeypatch.setattr("rankwise.candidates.perplexity", lambda *_, **__: math.nan)
+    with pytest.raises(RankwiseError, match="NaN or Inf"):
+        judged(source, "low", "high")
 
 
 def test_a_checkpoint_of_the_model_is_no_compressed_one(source: Any, tmp_path: Path) -> None:
