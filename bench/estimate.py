@@ -5,7 +5,8 @@
 The copy has the blocks and heads of Llama-2-7B, and every width (hidden, feed-forward, vocabulary, tokens a window,
 rank multiple) is a share 1/s of the original. So each product, decomposition and solution takes exactly 1/s³ of its
 operations (products with a vector, too: there are fewer of them), and whatever else touches memory 1/s² of its bytes.
-The copy goes through the stages of `rankwise compress`, and each is counted while it runs (`bench.counts`). Two sizes s
+The copy goes through the stages of `rankwise compress`, and each is counted while it runs (`bench.counts`); rows of
+pivot layers are chosen as on a GPU, by exchanges, of which a larger matrix needs somewhat more. Two sizes s
 are counted; how far their extrapolations are apart is part of the row.
 
 The seconds are arithmetic with RATES below, no measurements: no GPU is asked. Rows go to
@@ -17,8 +18,10 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -27,6 +30,7 @@ from bench.counts import counting
 from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import collect
 from rankwise.alloc.methods import METHODS, Method
+from rankwise.alloc.pivots import by_exchange, pivot_form
 from rankwise.alloc.refit import refit
 from rankwise.alloc.refitted import Refitted
 from rankwise.factoring import factors_name, make_factors
@@ -53,7 +57,6 @@ RATES = {
     ("eigh", "float64"): 1.2e12,
     ("eigh", "float32"): 2e12,
     ("product with a vector", "float64"): 2 * 2.5e12 / 8,  # reads 8 bytes for two operations
-    ("host QR", "float64"): 20e9,  # LAPACK on the host, for rows of pivot layers
 }
 BANDWIDTH, DISK = 2.5e12, 2e9  # bytes/s: everything else in device memory; files written, and read once more
 
@@ -122,7 +125,7 @@ def count(method: Method, size: int, folder: Path) -> Stages:
         with stages.stage("refit"):
             whole = refit(model, plan, store, curvature, inputs, judges, into, device=CPU, track=on_terminal)
             target, _ = search_share(model, plan, whole, curvature, judges, device=CPU, track=on_terminal)
-    with stages.stage("layers"):
+    with stages.stage("layers"), patch("rankwise.pipeline.pivot_form", partial(pivot_form, choose=by_exchange)):
         compress(model, plan, target)
     return stages
 

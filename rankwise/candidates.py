@@ -87,7 +87,7 @@ def _losses(
     keys = {name: digest(candidate.plan.to_dict()["layers"], 16) for name, candidate in candidates.items()}
     for name, candidate in candidates.items():
         if keys[name] not in known:
-            with carried_out(candidate, model, track):
+            with carried_out(candidate, model, device, track):
                 known[keys[name]] = math.log(perplexity(model.to(roomy(device, model)), judges, track=track))
                 model.to("cpu")
             write_json(kept, known)
@@ -96,11 +96,11 @@ def _losses(
 
 
 @contextmanager
-def carried_out(candidate: Candidate, model: Any, track: Track) -> Iterator[None]:
+def carried_out(candidate: Candidate, model: Any, device: torch.device, track: Track) -> Iterator[None]:
     """The model as a plan makes it; afterwards its own layers are back. Both are in memory meanwhile."""
     own = {name: model.get_submodule(name) for name in candidate.plan.compressed}
     try:
-        compress(model, candidate.plan, candidate.store, rounding=candidate.rounding, track=track)
+        compress(model, candidate.plan, candidate.store, rounding=candidate.rounding, device=device, track=track)
         yield
     finally:
         for name, module in own.items():

@@ -107,7 +107,8 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     if plan.quantised and config.feeds_back and curvature is not None:
         fitted = teacher is not None or isinstance(factors, Refitted)
         rounding = _rounding(work, curvature, factors, fitted=fitted)
-    compress(model, plan if teacher is None else whole, factors, rounding=rounding, track=work.track)
+    where: dict[str, Any] = {"device": resolve_device(config.device), "track": work.track}
+    compress(model, plan if teacher is None else whole, factors, rounding=rounding, **where)
     if teacher is not None:
         _heal(work, whole, teacher)
         round_layers(model, plan, rounding, track=work.track)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rankwise.alloc.calibration import Calibration
-from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.methods.base import Method
+from rankwise.alloc.pivots import pivot_form
 from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.store import FactorStore
 from rankwise.anatomy import block_linears, features, weight_of
@@ -79,6 +79,7 @@ def compress(
     factors: FactorStore | Refitted | None = None,
     *,
     rounding: Rounding = nearest,
+    device: str | torch.device = "cpu",
     track: Track = silent,
 ) -> Any:
     """Put a plan into effect: the named linear layers are replaced, in place.
@@ -88,6 +89,7 @@ def compress(
         plan: from `allocate`, or read from JSON.
         factors: needed for a plan read from JSON, unless every layer stays dense; a fresh plan carries its own.
         rounding: makes codes of 4 or 8 bits of the factors (and of dense weights) where the plan says so.
+        device: where the rows of pivot layers are found; a GPU is much faster at it.
         track: progress.
 
     Raises:
@@ -106,7 +108,7 @@ def compress(
         for name, spec in plan.compressed.items():
             old = linears.pop(name)  # its memory is free once the new layer is in place
             rows = None if store is None else store.rows(name)
-            _replace(model, name, spec, _parts(name, spec, store, old), old, rounding, rows)
+            _replace(model, name, spec, _parts(name, spec, store, old, device), old, rounding, rows)
             del old
             advance()
     if isinstance(store, Refitted):
@@ -173,13 +175,16 @@ def tensor_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
 
 
-def _parts(name: str, spec: LayerSpec, store: FactorStore | Refitted | None, old: Any) -> dict[str, torch.Tensor]:
-    """A layer's matrices by name, and its index if it has one, not rounded yet."""
+def _parts(
+    name: str, spec: LayerSpec, store: FactorStore | Refitted | None, old: Any, device: str | torch.device
+) -> dict[str, torch.Tensor]:
+    """A layer's matrices by name, and its index if it has one, not rounded yet, in host memory."""
     if spec.kind == "dense" or store is None:
         return {"weight": weight_of(old) if store is None else store.weight(name, weight_of(old))}
     u, v = store.load(name, spec.rank, spec.indices)
     if spec.kind == "pivot":
-        return dict(zip(("pivot_index", "pivot_basis", "pivot_coeff"), pivot_form(u, v), strict=True))
+        found = [tensor.cpu() for tensor in pivot_form(u.to(device), v.to(device))]
+        return dict(zip(("pivot_index", "pivot_basis", "pivot_coeff"), found, strict=True))
     return {"lowrank_u": u, "lowrank_v": v}
 
 

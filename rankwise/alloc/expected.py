@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.feedback import Triangle, triangle
+from rankwise.alloc.pivots import pivot_form
 from rankwise.alloc.rounding import turned
 from rankwise.alloc.scales import Grid
 from rankwise.kernels.int8 import MOST
@@ -61,7 +61,7 @@ def expected_pivot(
     outputs: tuple[torch.Tensor, Triangle] | None,
 ) -> list[float]:
     """The same for the pivot form of these factors; arguments are those of `expected_lowrank`."""
-    index, basis, coeff = (t.to(u.device) for t in pivot_form(u, v))
+    index, basis, coeff = pivot_form(u, v)
     order, rank = torch.argsort(index.long(), stable=True), len(basis)
     basis, coeff = basis.double(), coeff.double()
     rows = torch.cat([torch.eye(rank).to(coeff), coeff])

@@ -10,8 +10,6 @@ Diagonal: minimise `‖(W - Ŵ) S‖` with `S = diag(E|x_i|^α)`, the metric of 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.linalg
 import torch
 
 from rankwise.errors import RankwiseError
@@ -169,31 +167,6 @@ def factorize_diagonal(weight: torch.Tensor, magnitudes: torch.Tensor, *, alpha:
     scale = sizes.clamp_min(FLOOR * float(sizes.mean())).pow(alpha) if seen else torch.ones_like(sizes)
     [found] = svd([w * scale])
     return _balanced(found.u, found.v / scale, found.energy if seen else torch.full_like(found.energy, torch.inf))
-
-
-def pivot_form(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rewrite `u v` of rank k as k of its own rows and a rule for the others (PIFA, 2501.19090).
-
-    Rows are chosen by QR with column pivoting, which keeps the coefficients near 1 in size.
-
-    Args:
-        u: `[m, k]`, k < m.
-        v: `[k, n]`.
-
-    Returns:
-        index `[m]` int32 (see `kernels.pivot_linear`), basis `[k, n]` and coeff `[m - k, k]`, both fp32.
-    """
-    rank = u.shape[1]
-    rows = u.double().cpu().numpy()
-    r, order = scipy.linalg.qr(rows.T, mode="r", pivoting=True)
-    if abs(r[rank - 1, rank - 1]) > 1e-12 * abs(r[0, 0]):
-        coeff = scipy.linalg.solve_triangular(r[:rank, :rank], r[:rank, rank:]).T
-    else:  # u has fewer than k independent columns: any exact combination will do
-        coeff = np.linalg.lstsq(rows[order[:rank]].T, rows[order[rank:]].T, rcond=None)[0].T
-    index = np.empty(len(rows), dtype=np.int32)
-    index[order] = np.arange(len(rows), dtype=np.int32)
-    basis = torch.from_numpy(rows[order[:rank]]) @ v.double().cpu()
-    return torch.from_numpy(index), basis.float(), torch.from_numpy(np.ascontiguousarray(coeff)).float()
 
 
 def _finite(weight: torch.Tensor) -> torch.Tensor:

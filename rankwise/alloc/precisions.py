@@ -14,8 +14,8 @@ import torch
 
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.expected import expected_dense, expected_lowrank, expected_pivot, fits
-from rankwise.alloc.factors import pivot_form
 from rankwise.alloc.feedback import triangle
+from rankwise.alloc.pivots import pivot_form
 from rankwise.alloc.rounder import grid_of
 from rankwise.alloc.rounding import round_dense, round_lowrank, round_pivot
 from rankwise.alloc.store import FactorStore
@@ -186,7 +186,7 @@ class _Look:
         if kind == "lowrank":
             loss = round_lowrank(weight, u, v, grid, *moments).loss
         else:
-            index, basis, coeff = (t.to(self.device) for t in pivot_form(u, v))
+            index, basis, coeff = pivot_form(u, v)
             loss = round_pivot(weight, index, basis, coeff, grid, *moments).loss
         return loss - float(self.store.energies[name][rank:].sum()) / 2
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rankwise.alloc.expected import expected_dense, expected_lowrank, expected_pivot
-from rankwise.alloc.factors import factorize, pivot_form
+from rankwise.alloc.factors import factorize
 from rankwise.alloc.feedback import triangle
+from rankwise.alloc.pivots import pivot_form
 from rankwise.alloc.rounding import round_dense, round_lowrank, round_pivot
 from rankwise.alloc.scales import Grid
 

@@ -18,11 +18,9 @@ from rankwise.alloc.factors import (
     definite,
     factorize,
     factorize_diagonal,
-    pivot_form,
     spectrum,
 )
 from rankwise.errors import RankwiseError
-from rankwise.kernels import pivot_linear
 
 SHAPES = [pytest.param(m, n, id=f"{m}x{n}") for m, n in [(12, 20), (16, 16), (20, 12), (1, 8), (8, 1), (1, 1)]]
 SIDES = pytest.mark.parametrize("two", [False, True], ids=["one-sided", "two-sided"])
@@ -418,92 +416,6 @@ def test_negative_rounding_errors_pass(two: bool) -> None:
     task.c -= 1e-7 * task.c.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     assert float(torch.linalg.eigvalsh(task.c)[0]) < 0
     assert relative_error(product(task.factors(), 8), task.w) < 1e-5
-
-
-# --- pivots -----------------------------------------------------------------------------------------------------------
-
-
-def dense(index: torch.Tensor, basis: torch.Tensor, coeff: torch.Tensor) -> torch.Tensor:
-    """The weight that the three tensors stand for, row by row."""
-    rank, rows = len(basis), []
-    for entry in index.tolist():
-        rows.append(basis[entry] if entry < rank else coeff[entry - rank].double() @ basis.double())
-    return torch.stack([row.double() for row in rows])
-
-
-@pytest.mark.parametrize(("m", "rank"), [(40, 8), (40, 39), (40, 1), (2, 1), (100, 60)])
-def test_pivot_form_loses_nothing(m: int, rank: int) -> None:
-    u, v = draw(m, rank), draw(rank, 30)
-    index, basis, coeff = pivot_form(u, v)
-    assert (index.dtype, basis.dtype, coeff.dtype) == (torch.int32, torch.float32, torch.float32)
-    assert sorted(index.tolist()) == list(range(m))
-    assert basis.shape == (rank, 30)
-    assert coeff.shape == (m - rank, rank)
-    assert relative_error(dense(index, basis, coeff), u @ v) < 3e-7  # fp32 is what they are stored in
-    assert float(coeff.abs().max()) < 3
-    x = draw(5, 30)
-    assert relative_error(pivot_linear(x, index, basis.double(), coeff.double()), x @ (u @ v).T) < 1e-6
-
-
-def test_pivot_rows_are_rows_of_the_product() -> None:
-    u, v = draw(20, 6), draw(6, 15)
-    index, basis, _ = pivot_form(u, v)
-    pivots = torch.argsort(index)[:6]  # the row of each basis vector
-    assert torch.equal(basis, (u[pivots] @ v).float())
-
-
-@pytest.mark.parametrize("rank", [1, 3, 7])
-def test_pivot_form_of_dependent_columns(rank: int) -> None:
-    u, v = draw(30, rank) @ draw(rank, 8), draw(8, 25)
-    index, basis, coeff = pivot_form(u, v)
-    assert relative_error(dense(index, basis, coeff), u @ v) < 1e-6
-    assert torch.isfinite(coeff).all()
-    assert float(coeff.abs().max()) < 3
-
-
-@pytest.mark.parametrize("small", [1e-6, 1e-9, 1e-11, 1e-13])
-def test_pivot_form_of_nearly_dependent_columns(small: float) -> None:
-    u, v = draw(30, 8), draw(8, 25)
-    u[:, 3] = u[:, 4] + small * u[:, 3]
-    index, basis, coeff = pivot_form(u, v)
-    assert relative_error(dense(index, basis, coeff), u @ v) < 1e-6
-    assert float(coeff.abs().max()) < 3
-
-
-def test_pivot_form_with_zero_and_equal_rows() -> None:
-    u, v = draw(20, 5), draw(5, 9)
-    u[3], u[4], u[17] = 0, u[9], -2 * u[9]
-    index, basis, coeff = pivot_form(u, v)
-    weight = dense(index, basis, coeff)
-    assert relative_error(weight, u @ v) < 1e-6
-    assert float(weight[3].norm()) < 1e-6
-    assert torch.allclose(weight[17], -2 * weight[4], atol=1e-5)
-
-
-def test_pivot_form_of_zero() -> None:
-    index, basis, coeff = pivot_form(torch.zeros(6, 2), torch.zeros(2, 3))
-    assert sorted(index.tolist()) == list(range(6))
-    assert not dense(index, basis, coeff).any()
-
-
-def test_pivot_coefficients_stay_moderate_where_elimination_grows() -> None:
-    u = torch.tril(-torch.ones(60, 40, dtype=torch.float64), -1) + torch.eye(60, 40, dtype=torch.float64)
-    index, basis, coeff = pivot_form(u, torch.eye(40, dtype=torch.float64))
-    assert relative_error(dense(index, basis, coeff), u) < 1e-6
-    assert float(coeff.abs().max()) < 10
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(2, 25), st.integers(1, 25), st.integers(0, 1000), st.data())
-def test_pivot_form_of_anything(m: int, n: int, seed: int, data: st.DataObject) -> None:
-    rank = data.draw(st.integers(1, m - 1))
-    true_rank = data.draw(st.integers(1, rank))
-    scale = 10.0 ** data.draw(st.integers(-6, 6))
-    u, v = scale * draw(m, true_rank, seed=seed) @ draw(true_rank, rank, seed=seed), draw(rank, n, seed=seed)
-    index, basis, coeff = pivot_form(u, v)
-    assert sorted(index.tolist()) == list(range(m))
-    assert relative_error(dense(index, basis, coeff), u @ v) < 1e-5
-    assert float(np.abs(coeff.numpy()).max()) < 50
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)

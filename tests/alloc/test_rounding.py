@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.alloc import feedback, rounding
-from rankwise.alloc.factors import factorize, pivot_form
+from rankwise.alloc.factors import factorize
 from rankwise.alloc.feedback import DAMPING, round_both, round_columns, triangle
+from rankwise.alloc.pivots import pivot_form
 from rankwise.alloc.rounding import Rounded, _feedback, round_dense, round_lowrank, round_pivot, turned
 from rankwise.alloc.scales import Grid, Scales, decoded, pack, search_scales
 from rankwise.errors import RankwiseError
