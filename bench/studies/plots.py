@@ -47,12 +47,13 @@ def grid(
     """Numbers in a coloured grid."""
 
     def draw(axes: Axes) -> None:
-        axes.imshow(values, cmap="viridis_r")
+        image = axes.imshow(values, cmap="viridis_r")
         axes.set(
             xticks=range(len(across)), yticks=range(len(down)), xticklabels=across, yticklabels=down, title=heading
         )
         for i, row in enumerate(values):
             for j, value in enumerate(row):
-                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white")
+                colour = "white" if image.norm(value) > 0.5 else "black"
+                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=colour)
 
     return draw
