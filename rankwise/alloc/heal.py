@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.alloc.objectives import loss_scale
 from rankwise.alloc.seeds import generator
 from rankwise.alloc.teacher import Teacher
 from rankwise.alloc.trainstate import StateFile
@@ -87,10 +88,12 @@ class _Masters:
         self.best = {name: p.detach().clone() for name, p in parameters.items()}
         self.optimiser = torch.optim.Adam(self.full.values(), lr=lr, betas=BETAS)
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, scale: float) -> None:
+        """One step of Adam from the gradients of a loss times `scale`; a gradient that overflowed makes none."""
         for name, live in self.live.items():
-            self.full[name].grad, live.grad = None if live.grad is None else live.grad.float(), None
-        nn.utils.clip_grad_norm_(self.full.values(), 1.0)
+            self.full[name].grad, live.grad = None if live.grad is None else live.grad.float().div_(scale), None
+        if not torch.isfinite(nn.utils.clip_grad_norm_(self.full.values(), 1.0)):
+            return
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
@@ -204,9 +207,10 @@ def _step(
         if not torch.isfinite(loss):
             value = f"loss {float(loss.detach())} in step {step}"
             raise RankwiseError("heal", value, "try a smaller rate, or --dtype bf16")
-        loss.backward()
+        scale = loss_scale(logits.dtype)
+        (loss * scale).backward()
         total += float(loss.detach())
-    masters.step(config.rate(step))
+    masters.step(config.rate(step), scale)
     return total
 
 

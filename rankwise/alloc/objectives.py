@@ -8,7 +8,13 @@ from torch.nn.functional import cross_entropy
 
 from rankwise.alloc.curve import Curve
 
+FP16_SCALE = 1024.0
 GRID = tuple(step / 100 for step in range(1, 100))  # ratios at which G_R is tabulated
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """What a loss is multiplied by before its backward pass in a dtype, so that small gradients survive fp16."""
+    return FP16_SCALE if dtype == torch.float16 else 1.0
 
 
 def language_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

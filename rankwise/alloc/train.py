@@ -23,6 +23,7 @@ from rankwise.alloc.curve import Ledger
 from rankwise.alloc.exchange import sum_gradients
 from rankwise.alloc.hypernet import HyperNet
 from rankwise.alloc.masks import Drawn
+from rankwise.alloc.objectives import loss_scale
 from rankwise.alloc.overlay import Overlay, overlaid
 from rankwise.alloc.seeds import generator
 from rankwise.alloc.trainstate import Progress, TrainState
@@ -31,7 +32,6 @@ from rankwise.errors import RankwiseError
 from rankwise.progress import say
 
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-FP16_SCALE = 1024.0  # of the loss, so that small gradients survive half precision
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Loop:
             loss = torch.stack([term.float().to(overlay.device) for term in terms.values()]).sum()
             if not torch.isfinite(loss):
                 raise RankwiseError("loss", f"{float(loss.detach())} in step {number}", "try --dtype bf16 or fp32")
-            scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
+            scale = loss_scale(logits.dtype)
             (loss * (scale * part)).backward()
         for parameter in self.bank.parameters():
             if parameter.grad is not None:

@@ -109,6 +109,40 @@ def test_bf16_learns_in_steps_below_its_rounding(patient: Callable[..., Patient]
     assert not equal(before, p.state())
 
 
+def test_half_precision_keeps_small_gradients(
+    patient: Callable[..., Patient], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ten thousand times smaller than these models have them; fp16 has hardly a number for those by themselves."""
+    seen = {}
+    step = torch.optim.Adam.step
+
+    def look(optimiser: torch.optim.Adam) -> None:
+        seen[dtype] = torch.cat([p.grad.flatten() for g in optimiser.param_groups for p in g["params"]])
+        step(optimiser)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", look)
+    divergence = Teacher.divergence
+    monkeypatch.setattr(Teacher, "divergence", lambda *given: divergence(*given) * 1e-4)
+    for dtype in (torch.float16, torch.float32):
+        p = patient(dtype=dtype)
+        p.heal(tmp_path / str(dtype), HealConfig(steps=1, lr=1e-9))
+    error = (seen[torch.float16] - seen[torch.float32]).norm() / seen[torch.float32].norm()
+    assert float(error) < 0.05
+
+
+def test_a_step_whose_gradients_overflow_is_left_out(
+    patient: Callable[..., Patient], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    p = patient(dtype=torch.float16)
+    before = p.state()
+    monkeypatch.setattr("rankwise.alloc.objectives.FP16_SCALE", 2.0**40)
+    p.heal(tmp_path, HealConfig(steps=3, batch=2, lr=1e-3))
+    assert equal(before, p.state())
+    monkeypatch.undo()
+    p.heal(tmp_path / "again", HealConfig(steps=30, batch=2, lr=1e-3))
+    assert not equal(before, p.state())
+
+
 def test_the_best_point_met_is_returned(patient: Callable[..., Patient], tmp_path: Path) -> None:
     p = patient()
     found = p.heal(tmp_path, HealConfig(steps=30, check_every=2, lr=0.05))
