@@ -89,7 +89,7 @@ class _Masters:
         self.optimiser = torch.optim.Adam(self.full.values(), lr=lr, betas=BETAS)
 
     def step(self, rate: float, scale: float) -> None:
-        """One step of Adam from the gradients of a loss times `scale`; a gradient that overflowed makes none."""
+        """One step of Adam from the gradients of a loss times `scale`; none where these hold NaN or Inf."""
         for name, live in self.live.items():
             self.full[name].grad, live.grad = None if live.grad is None else live.grad.float().div_(scale), None
         if not torch.isfinite(nn.utils.clip_grad_norm_(self.full.values(), 1.0)):
