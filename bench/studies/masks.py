@@ -27,10 +27,13 @@ if __name__ == "__main__":
     rows = run("studies.masks", cases(), str(__doc__))
 
     def draw(axes: Axes) -> None:
-        """A bar a case."""
-        axes.barh([row["name"] for row in rows], [row["perplexity"]["wikitext2"] for row in rows])
-        axes.set(xlabel="perplexity, wikitext2")
+        """A point a case and a text."""
+        for test, marker in (("wikitext2", "o"), ("c4", "s")):
+            axes.plot([row["perplexity"][test] for row in rows], [row["name"] for row in rows], marker, label=test)
+        axes.set(xlabel="perplexity", xscale="log")
+        axes.grid(axis="x", which="both", alpha=0.3)
         axes.invert_yaxis()
+        axes.legend()
 
     if rows:
         figure("mask-training", draw, width=7)
