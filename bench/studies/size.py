@@ -3,7 +3,7 @@
 from bench.harness import Case, run
 from bench.studies.plots import figure, lines
 
-SIZES = (8, 16, 32, 64)
+SIZES = (8, 16, 64)
 
 
 def cases() -> list[Case]:
