@@ -15,7 +15,7 @@ import torch
 
 from rankwise.alloc.store import FactorStore
 from rankwise.engine.doors.hf import detach
-from rankwise.errors import RankwiseError
+from rankwise.errors import overflown
 from rankwise.evaluate import perplexity
 from rankwise.files import digest, read_json, write_json
 from rankwise.pipeline import Rounding, compress
@@ -69,7 +69,7 @@ def choose(
     if len(candidates) > 1 and len(judges):
         losses = _losses(candidates, model, judges, kept, device, track)
         if not any(map(math.isfinite, losses.values())):
-            raise RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")
+            raise overflown()
     first = next(iter(candidates))
     best = min(candidates, key=lambda name: losses.get(name, math.inf))
     if losses and losses[first] - losses[best] < MARGIN:

@@ -107,8 +107,8 @@ def _compress(work: Work, given: RankPlan | None) -> RankPlan:
     if plan.quantised and config.feeds_back and curvature is not None:
         fitted = teacher is not None or isinstance(factors, Refitted)
         rounding = _rounding(work, curvature, factors, fitted=fitted)
-    where: dict[str, Any] = {"device": resolve_device(config.device), "track": work.track}
-    compress(model, plan if teacher is None else whole, factors, rounding=rounding, **where)
+    device, made = resolve_device(config.device), plan if teacher is None else whole
+    compress(model, made, factors, rounding=rounding, device=device, track=work.track)
     if teacher is not None:
         _heal(work, whole, teacher)
         round_layers(model, plan, rounding, track=work.track)
@@ -192,8 +192,8 @@ def plan_bytes(work: Work, store: FactorStore, curvature: Curvature) -> Candidat
             found = byte_plans(work, some, table)
             made |= {of + name: Candidate(plan, some, rounding) for name, plan in found.items()}
     near = nearest_of({name: candidate.plan for name, candidate in made.items()}, config.candidates)
-    given = {name: made[name] for name in near}, work.model, work.windows["judges"], work.folder / "candidates.json"
-    return choose(*given, resolve_device(config.device), work.track)
+    judges, kept, device = work.windows["judges"], work.folder / "candidates.json", resolve_device(config.device)
+    return choose({name: made[name] for name in near}, work.model, judges, kept, device, work.track)
 
 
 def _rounding(work: Work, curvature: Curvature, factors: FactorStore | Refitted | None, *, fitted: bool) -> Rounding:

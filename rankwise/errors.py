@@ -16,3 +16,8 @@ class RankwiseError(ValueError):
         self.field, self.value, self.allowed = field, value, allowed
         text = " ".join(str(value).split()) if isinstance(value, str) else repr(value)
         super().__init__(f"{field}: {text}; {allowed}")
+
+
+def overflown() -> RankwiseError:
+    """What a compressed model that gives NaN or Inf is refused with."""
+    return RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")

@@ -14,7 +14,7 @@ from rankwise.alloc.refitted import Refitted
 from rankwise.alloc.solve import Tensors, product
 from rankwise.alloc.store import FactorStore
 from rankwise.anatomy import block_linears, weight_of
-from rankwise.errors import RankwiseError
+from rankwise.errors import overflown
 from rankwise.evaluate import perplexity
 from rankwise.files import read_json, write_json
 from rankwise.plan import RankPlan
@@ -70,7 +70,7 @@ def search_share(
         write_json(path, [pair for pair in found if math.isfinite(pair[1])])
     losses: dict[float, float] = dict(read_json(path))
     if not losses:
-        raise RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")
+        raise overflown()
     return tried[min(losses, key=losses.__getitem__)], losses
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from rankwise.alloc.factors import factorize
-from rankwise.errors import RankwiseError
+from rankwise.errors import overflown
 from rankwise.plan import LayerSpec
 
 RIDGE = 1e-4  # of the mean eigenvalue of C', added before it is inverted
@@ -126,7 +126,7 @@ def refit_layer(
     teacher = dense if teacher is None else teacher
     inputs, target, c, t = fit.inputs(), fit.targets(teacher), judge.inputs(), judge.targets(teacher)
     if not all(torch.isfinite(m).all() for m in (inputs, target, c, t)):
-        raise RankwiseError("activations", "NaN or Inf in the compressed model", "try --dtype fp32 or bf16")
+        raise overflown()
     f = None if outputs is None else outputs.to(dense.device).double()
     step = _step(dense, inputs, target)
     share = best_share(dense, step, f, c, t)
