@@ -53,7 +53,7 @@ $(VENV_VLLM)/ready: pyproject.toml
 	touch $@
 
 tables: setup
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.tables
 
 clean:
 	rm -rf .venv .venv-vllm demo build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,12 +1,12 @@
 """Many requests of mixed size at one server, a third of which are given up on the way: does anything leak?
 
-    python bench/soak.py --model embedded:smollm2-135m --requests 10000
+    python bench/soak.py --model embedded:smollm2-135m --requests 10000 --out bench/results/cpu/soak.jsonl
 
 Starts `rankwise serve` on a free port of this machine, sends completions and chats, whole and streamed, greedy and
 sampled, with one or two choices, and ends with one JSON line: how requests ended as the clients and as the server saw
 it, memory of the server over time, and what was still held at the end. Exit code 1 if a block of the KV cache or a
 sequence is left, if a request ends in another way than it should or fails in the server, or if memory grew by more than
-`--growth` MiB after the first tenth of the requests.
+`--growth` MiB after the first tenth of the requests. `--out` appends the line to a file, with versions.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from openai import APIStatusError, AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from rankwise.progress import Track, on_terminal, silent
+from rankwise.provenance import versions
 
 WORDS = "the model keeps its ranks and the cache holds blocks of keys for every prompt that begins alike"
-SERVE = ["serve", "--port", "0", "--json", "--max-queue", "64", "--kv-tokens", "8192", "--max-model-len", "1024"]
+QUEUE = 64
+SERVE = ["serve", "--port", "0", "--json", "--max-queue", str(QUEUE), "--kv-tokens", "8192", "--max-model-len", "1024"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--growth", type=float, default=64, help="MiB that memory may grow by.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="append the result to this file")
     options = parser.parse_args()
     command = [str(Path(sys.executable).with_name("rankwise")), *SERVE, "--name", "soaked", options.model]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -174,14 +177,19 @@ def main() -> int:
         line = server.stdout.readline()
         if not line:
             return 1  # the server said why
-        facts = json.loads(line)
-        fill(facts["url"], "soaked", facts["kv_tokens"])
+        where = json.loads(line)
+        fill(where["url"], "soaked", where["kv_tokens"])
         mix = Mix(options.requests, options.together, tokens=options.tokens, seed=options.seed)
-        result = soak(facts["url"], "soaked", psutil.Process(server.pid), mix, on_terminal)
+        result = soak(where["url"], "soaked", psutil.Process(server.pid), mix, on_terminal)
         server.terminate()
         result |= {"exit_code": server.wait(60), "requests": mix.requests, "together": mix.together}
     growth = max(result["memory"]) - result["memory"][0]
-    print(json.dumps(result | {"growth": round(growth, 1)}))  # noqa: T201
+    facts = {"bench": "soak", "versions": versions(), "model": options.model, "queue": QUEUE}
+    line = json.dumps(facts | result | {"growth": round(growth, 1)})
+    print(line)  # noqa: T201
+    if options.out is not None:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
     expected = set(result["clients"]) <= {"completed", "given up", "status 429"}
     broken = any(outcome.endswith(",failed") for outcome in result["server"])  # also where nobody was left to see it
     clean = expected and not broken and not any(result["left"].values()) and result["exit_code"] == 0

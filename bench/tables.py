@@ -4,14 +4,13 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a func
 is not there stays as it is.
 """
 
-import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+from bench.serving_tables import backends, equality, runtime, soak, speculative, vllm
+from bench.sheet import RESULTS, ROOT, markdown, read, versions
+
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMPARED = (
     *("uniform (SVD-LLM)", "SVD-LLM v2", "D-Rank", "ASVD", "Dobi-SVD (ranks)", "ARS", "LLRC, any-k", "STRS, whitened"),
@@ -132,63 +131,6 @@ def setting(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def runtime() -> str:
-    """Tokens a second of the runtime and transformers."""
-    rows = read("cpu/runtime.jsonl")
-    first = rows[0]
-    where = f"{first['threads']} CPU threads"
-    return f"{speeds(rows)}{shape(first)}, {where}, {versions(first)}.\n"
-
-
-def vllm() -> str:
-    """Tokens a second of vLLM and the runtime."""
-    rows = read("cpu/vllm.jsonl")
-    first = rows[0]
-    where = f"cut from `{first['text']}`, {first['device']}"
-    return f"{speeds(rows)}{shape(first)}, {where}, {versions(first)}.\n"
-
-
-def speeds(rows: list[dict[str, Any]]) -> str:
-    """A row a batch size: tokens a second, and ratios."""
-    first = rows[0]
-    names, pairs = list(first["tokens_per_second"]), list(first["ratios"])
-    body = []
-    for row in rows:
-        rates = [f"{row['tokens_per_second'][name][1]:.1f}" for name in names]
-        ratios = [f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})" for r in (row["ratios"][pair] for pair in pairs)]
-        body.append([str(row["batch"]), *rates, *ratios])
-    return markdown(["requests at once", *names, *pairs], body)
-
-
-def shape(first: dict[str, Any]) -> str:
-    """What was timed, as the beginning of a sentence."""
-    kept = f"; compressed: {first['kept']:.0%} of the linear layers' parameters kept" if first["kept"] else ""
-    return (
-        f"\nTokens a second, and ratios within a round: median, and p20 to p80 of {first['rounds']} rounds in "
-        f"which all take turns. `{first['model']}` in {first['dtype']}{kept}. Prompts of {first['prompt']} tokens, "
-        f"{first['new']} new ones"
-    )
-
-
-def backends() -> str:
-    """Accuracy of one folder in memory and through lm-eval's backends: a row a task and measure."""
-    rows = read("cpu/backends.jsonl")
-    first, ways = rows[0], list(dict.fromkeys(row["way"] for row in rows))
-    body = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        scores = [row["scores"] for row in rows if row["dtype"] == dtype]
-        for task, measures in scores[0].items():
-            for key in (key for key in ("acc", "acc_norm") if key in measures):
-                figures = [f"{score[task][key]:.1%} ± {score[task][f'{key}_stderr']:.1%}" for score in scores]
-                body.append([f"`{task}`", f"`{key}`", dtype, *figures])
-    table = markdown(["task", "measure", "dtype", *ways], body)
-    asked = "All" if first["limit"] is None else f"The first {first['limit']}"
-    return (
-        f"{table}\nAccuracy and its standard error of one folder: `{first['model']}` with {first['kept']:.0%} of the "
-        f"linear layers' parameters kept. {asked} questions of each task. {versions(rows[-1])}.\n"
-    )
-
-
 def tradeoff() -> str:
     """Perplexity against bytes: a row a way to spend them, a part for each model."""
     rows, parts = read("cpu/tradeoff.jsonl"), []
@@ -223,26 +165,6 @@ def estimate() -> str:
     return f"{table}\nEstimated minutes, not measured, at {rows[0]['ratio']:.0%} kept. {versions(rows[0])}.\n"
 
 
-def calibration(row: dict[str, Any]) -> str:
-    """Which windows of which text."""
-    return f"{row['samples']} windows of `{row['train']}`, output gradients on the first {row['gradient_samples']}"
-
-
-def versions(row: dict[str, Any]) -> str:
-    """Of everything but rankwise itself."""
-    return ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "rankwise")
-
-
-def measured(name: str) -> bool:
-    """Whether a table's result file is there; those of `quality` and `methods` are committed and have to be."""
-    return name in ("quality", "comparison") or (RESULTS / "cpu" / f"{name}.jsonl").exists()
-
-
-def read(name: str) -> list[dict[str, Any]]:
-    """The rows of a result file."""
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
-
-
 def then_nf4() -> str:
     """Perplexity before and after nf4: a row a method."""
     rows = sorted(read("cpu/then_nf4.jsonl"), key=lambda row: row["perplexity"]["bf16"]["wikitext2"])
@@ -257,19 +179,26 @@ def then_nf4() -> str:
     return f"{table}\nPerplexity (lower is better) of `{first['model']}`. {versions(first)}.\n"
 
 
-def markdown(heads: list[str], body: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [heads, ["---", *(["---:"] * (len(heads) - 1))], *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def calibration(row: dict[str, Any]) -> str:
+    """Which windows of which text."""
+    return f"{row['samples']} windows of `{row['train']}`, output gradients on the first {row['gradient_samples']}"
+
+
+def measured(name: str) -> bool:
+    """Whether a table's result file is there; those of `quality` and `methods` are committed and have to be."""
+    return name in ("quality", "comparison") or (RESULTS / "cpu" / f"{name}.jsonl").exists()
 
 
 TABLES = {
     "backends": backends,
     "comparison": comparison,
+    "equality": equality,
     "estimate": estimate,
     "methods": methods,
     "quality": quality,
     "runtime": runtime,
+    "soak": soak,
+    "speculative": speculative,
     "then_nf4": then_nf4,
     "tradeoff": tradeoff,
     "vllm": vllm,
