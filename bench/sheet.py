@@ -13,6 +13,11 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
+def exists(name: str) -> bool:
+    """Whether a result file is there."""
+    return (RESULTS / name).exists()
+
+
 def versions(row: dict[str, Any]) -> str:
     """Of everything but rankwise itself."""
     return ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "rankwise")

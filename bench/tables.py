@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from bench.serving_tables import backends, equality, runtime, soak, speculative, vllm
-from bench.sheet import RESULTS, ROOT, markdown, read, versions
+from bench.sheet import ROOT, exists, markdown, read, versions
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMPARED = (
@@ -186,7 +186,7 @@ def calibration(row: dict[str, Any]) -> str:
 
 def measured(name: str) -> bool:
     """Whether a table's result file is there; those of `quality` and `methods` are committed and have to be."""
-    return name in ("quality", "comparison") or (RESULTS / "cpu" / f"{name}.jsonl").exists()
+    return name in ("quality", "comparison") or exists(f"cpu/{name}.jsonl")
 
 
 TABLES = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import lm_eval_backends, tables
+from bench import lm_eval_backends, sheet, tables
 
 
 def scores(acc: float, normalised: float) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def test_a_row_a_task_and_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shared = {"model": "some-model", "kept": 0.6, "limit": 100, "dtype": "bf16", "seconds": 3.0, "versions": {"a": "1"}}
     rows = [shared | {"way": way, "scores": scores(0.5, 0.4)} for way in lm_eval_backends.WAYS]
     (tmp_path / "cpu" / "backends.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(sheet, "RESULTS", tmp_path)
     table = tables.backends()
     assert "| task | measure | dtype | in memory | hf | vllm |" in table
     assert "| `arc_easy` | `acc_norm` | bf16 | 40.0% ± 5.0% | 40.0% ± 5.0% | 40.0% ± 5.0% |" in table

@@ -38,7 +38,7 @@ def test_the_bench_runs_and_its_rows_make_a_table(
     assert [row["batch"] for row in rows] == [1, 3]
     assert list(rows[0]["tokens_per_second"]) == ["transformers", "runtime", "runtime, compressed"]
     assert all(value > 0 for row in rows for rates in row["tokens_per_second"].values() for value in rates)
-    from bench import tables
+    from bench import sheet, tables
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(sheet, "RESULTS", tmp_path)
     assert "| 3 |" in tables.runtime()

@@ -79,8 +79,10 @@ def test_lines_are_measured_once(
 def test_table(
     folder: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    zeroshot, tables = script("zeroshot"), script("tables")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    from bench import sheet, tables
+
+    zeroshot = script("zeroshot")
+    monkeypatch.setattr(sheet, "RESULTS", tmp_path)
     assert not tables.measured("zeroshot")
     options = ["--tasks-folder", str(folder), "--tasks", "piqa,winogrande"]
     checkpoints = ["--checkpoints", f"dense={model_folder('llama')}"]
