@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rankwise.alloc.curvature import Curvature
-from rankwise.alloc.joint import StoredChoices, plan_within, require_bytes
+from rankwise.alloc.joint import StoredChoices, plan_within, require_bytes, smallest_plan
 from rankwise.alloc.methods.base import Method
 from rankwise.alloc.narrow import byte_budget
 from rankwise.alloc.near import near_plans
@@ -85,40 +85,48 @@ def _within(
     """The best plan under the job's budget; of `--size`, what is beside the layers depends on them a little."""
     budget, dtype = _budget(config), model_dtype(model)
     others, target = others_of(config, model), linear_target(config, model)
+    if budget.size is None:
+        return plan_within(method, store, choices, target)
+    lowest = sum(int(entry.cost[0]) for entry in choices.values())
     best: RankPlan | None = None
     for _ in range(TRIES):
-        plan = plan_within(method, store, choices, target)
-        if budget.size is None:
-            return plan
+        plan = plan_within(method, store, choices, max(target, lowest))
         left = budget.size - checkpoint_bytes(plan, others, dtype)
         if left >= 0 and (best is None or plan.bytes > best.bytes):
             best = plan
-        if 0 <= left <= method.tolerance * budget.size / 2:
+        if 0 <= left <= method.tolerance * budget.size / 2 or (left < 0 and plan.bytes == lowest):
             break
         target = target + left if left >= 0 else min(target, plan.bytes) + left  # below a plan that is too large
-    if best is None:
-        raise RankwiseError("size", budget.size, "a few bytes more are needed")
+    best = best or plan_within(method, store, choices, lowest)
+    least = checkpoint_bytes(best, others, dtype)
+    if least > budget.size:
+        raise RankwiseError("size", f"{budget.size} bytes", f"allowed: from {least} bytes")
     return best
 
 
 def require_budget(config: CompressConfig, model: Any) -> None:
     """Raise a RankwiseError if the byte budget is below the smallest plan: known before work begins."""
     shapes = linear_shapes(model)
-    budget, dtype, target = _budget(config), model_dtype(model), linear_target(config, model)
+    budget, dtype = _budget(config), model_dtype(model)
+    precisions = budget.for_model(dtype)
     config.method.check_keep(shapes)
+    if budget.size is not None:
+        smallest = smallest_plan(config.method, shapes, precisions, dtype)
+        least = checkpoint_bytes(smallest, others_of(config, model), dtype)
+        if budget.size < least:
+            parts = f"{least - smallest.bytes} for embeddings, norms and headers, {smallest.bytes} for linear layers"
+            raise RankwiseError("size", f"{budget.size} bytes", f"allowed: from {least} bytes ({parts})")
+        return
     try:
-        require_bytes(config.method, shapes, budget.for_model(dtype), target, dtype)
+        require_bytes(config.method, shapes, precisions, linear_target(config, model), dtype)
     except RankwiseError as error:
         if error.field != "budget":
             raise
-        if budget.size is None:
-            raise RankwiseError("bits_per_weight", error.value, error.allowed) from None
-        rest = f"{budget.size - target} bytes are embeddings, norms and the like"
-        raise RankwiseError("size", f"{budget.size} bytes leave {error.value}; {rest}", error.allowed) from None
+        raise RankwiseError("bits_per_weight", error.value, error.allowed) from None
 
 
 def linear_target(config: CompressConfig, model: Any) -> int:
-    """Bytes that are left for the linear layers, if all of them stay dense in the model's dtype."""
+    """Bytes that are left for the linear layers, if all of them stay dense in the model's dtype; 0 where none are."""
     budget, shapes, dtype = _budget(config), linear_shapes(model), model_dtype(model)
     if budget.bits is not None:
         return int(budget.bits * sum(m * n for m, n in shapes.values()) / 8)

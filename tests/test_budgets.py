@@ -1,6 +1,7 @@
 """Budgets of bytes: what users write, what a checkpoint takes, and whole jobs that must fit."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,14 +263,33 @@ def test_a_refit_and_healing_come_before_rounding(config: Callable[..., Compress
     ("options", "error"),
     [
         ({"budget": make_budget(None, 0.001, "auto", None, False)}, "^bits_per_weight: .*the smallest possible: "),
-        ({"budget": make_budget("280kB", None, "auto", None, False)}, "^size: .*embeddings.*the smallest possible: "),
-        ({"budget": make_budget("1kB", None, "auto", None, False)}, "^size: .*the smallest possible: "),
         ({"budget": make_budget(None, 9.0, "bf16", None, False)}, "^weights: bf16; the model is loaded in fp32"),
     ],
 )
 def test_out_of_reach(options: dict[str, Any], error: str, config: Callable[..., CompressConfig]) -> None:
     with pytest.raises(RankwiseError, match=error):
         compress_to_folder(config("a", **options))
+
+
+@pytest.mark.parametrize("asked", ["280kB", "1kB"])
+def test_the_smallest_size_is_told_and_can_be_had(
+    asked: str, config: Callable[..., CompressConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(RankwiseError, match=r"^size: \d+ bytes; allowed: from \d+ bytes \(\d+ for") as caught:
+        compress_to_folder(config("a", make_budget(asked, None, "auto", None, False)))
+    least, beside, layers = map(int, re.findall(r"\d+", str(caught.value))[1:])
+    assert least == beside + layers
+    plan = compress_to_folder(config("a", make_budget(str(least), None, "auto", None, False)))
+    assert plan.bytes == layers
+    assert weight_bytes(tmp_path / "a") <= least
+    with pytest.raises(RankwiseError, match=rf"^size: {least - 1} bytes; allowed: from {least} bytes"):
+        compress_to_folder(config("b", make_budget(str(least - 1), None, "auto", None, False)))
+
+
+def test_a_group_that_divides_no_layer_is_named(config: Callable[..., CompressConfig], model_folder: Any) -> None:
+    narrow = replace(config("a", make_budget(None, 3.0, "int4", 128, False)), model=str(model_folder("llama")))
+    with pytest.raises(RankwiseError, match=r"^group: 128; 128 does not divide in_features of .* \d+; allowed: "):
+        compress_to_folder(narrow)
 
 
 def test_options_that_do_not_go_together(config: Callable[..., CompressConfig], tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def joint_choices(
     """What every layer may become, whatever the budget; arguments and errors are those of `joint_plan`."""
     if not method.two_sided:
         raise RankwiseError("sides", method.sides, "allowed with a budget of bytes: two (losses in nats are needed)")
-    smallest_bytes(method, scores.shapes, precisions, dtype)  # every layer may become something
+    smallest_plan(method, scores.shapes, precisions, dtype)  # every layer may become something
     trust = trust or Trust()
     return {
         name: stored_choices(method, name, scores, table, allowed(method, name, precisions, dtype), trust)
@@ -115,23 +115,34 @@ def require_bytes(
     method: Method, shapes: dict[str, tuple[int, int]], precisions: Sequence[Precision], budget: int, dtype: str
 ) -> None:
     """Raise a RankwiseError if no plan is as small as `budget` bytes; arguments are those of `joint_plan`."""
-    _require_at_least(smallest_bytes(method, shapes, precisions, dtype), budget, shapes)
+    _require_at_least(smallest_plan(method, shapes, precisions, dtype).bytes, budget, shapes)
 
 
-def smallest_bytes(
+def smallest_plan(
     method: Method, shapes: dict[str, tuple[int, int]], precisions: Sequence[Precision], dtype: str
-) -> int:
-    """Bytes of the smallest plan; raises a RankwiseError if some layer may become nothing at all."""
-    lowest = 0
+) -> RankPlan:
+    """The plan of fewest bytes; raises a RankwiseError if some layer may become nothing at all."""
+    layers = {}
     for name, (m, n) in shapes.items():
-        options = allowed(method, name, precisions, dtype)
-        costs = [cost for kind, precision in options for cost in _costs(m, n, kind, precision, method.rank_multiple)[1]]
-        if not costs:
-            raise RankwiseError(
-                "weights", f"nothing that {name} can be", "more precisions, or the kind dense, are needed"
-            )
-        lowest += int(min(costs))
-    return lowest
+        found = []
+        for kind, precision in allowed(method, name, precisions, dtype):
+            ranks, costs = _costs(m, n, kind, precision, method.rank_multiple)
+            found += [(int(cost), kind, int(k), precision) for cost, k in zip(costs[:1], ranks[:1], strict=True)]
+        if not found:
+            raise _nothing(name, n, precisions)
+        _, kind, rank, precision = min(found, key=lambda entry: entry[0])
+        layers[name] = LayerSpec(kind, m, n, rank).stored_as(precision)
+    return RankPlan(layers)
+
+
+def _nothing(name: str, columns: int, precisions: Sequence[Precision]) -> RankwiseError:
+    """Why a layer of so many columns may become nothing."""
+    for precision in precisions:
+        try:
+            precision.require_blocks(f"in_features of {name},", columns)
+        except RankwiseError as error:
+            return error
+    return RankwiseError("weights", f"nothing that {name} can be", "more precisions, or the kind dense, are needed")
 
 
 def _require_at_least(lowest: int, budget: int, shapes: dict[str, tuple[int, int]]) -> None:
