@@ -1,5 +1,7 @@
 """The figure of bytes against perplexity, from rows as the bench writes them."""
 
+import json
+
 import pytest
 
 from bench.tradeoff_plot import CURVES, ROWS, draw
@@ -24,3 +26,11 @@ def test_every_way_to_spend_bytes_is_drawn() -> None:
 def test_the_committed_rows_can_be_drawn() -> None:
     assert ROWS.is_file()
     assert "chosen together" in ROWS.read_text(encoding="utf-8")
+
+
+def test_every_committed_row_meets_its_budget() -> None:
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    asked = [row for row in rows if row.get("asked")]
+    assert len(asked) > 30
+    for row in asked:
+        assert 0 <= 1 - row["share"] / row["asked"] <= 1e-3, row["name"]
