@@ -38,7 +38,7 @@ def choose(logits: torch.Tensor, sequences: Many[Sequence]) -> list[Choices]:
         For each: the drafted tokens that stay, and the one that follows them.
     """
     owners = [sequence for sequence in sequences for _ in range(len(sequence.draft) + 1)]
-    penalise(logits, owners, [ahead for sequence in sequences for ahead in range(len(sequence.draft) + 1)])
+    logits = penalise(logits, owners, [ahead for sequence in sequences for ahead in range(len(sequence.draft) + 1)])
     bounds = list(_bounds(sequences))
     tokens: list[list[int]] = [[] for _ in sequences]
     rules: tuple[Rule, Rule] = match, reject

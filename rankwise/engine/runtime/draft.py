@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from rankwise.engine.runtime.blocks import BlockPool
 from rankwise.engine.runtime.decoder import Decoder
+from rankwise.engine.runtime.engine import EngineConfig
 from rankwise.engine.runtime.loader import convert
+from rankwise.engine.runtime.speculative import Drafter
 from rankwise.errors import RankwiseError
 from rankwise.zoo import load_model
 
@@ -33,3 +36,17 @@ def load_draft(source: str, dtype: str, device: str, length: int, tokenizer: Any
     if longest < length:
         raise RankwiseError("draft", f"{source} (made for {longest} tokens)", f"at least max_model_len, {length}")
     return convert(loaded, length)
+
+
+def make_drafter(decoder: Decoder, config: EngineConfig, tokens: int, sequences: int) -> Drafter:
+    """What guesses for an engine, with as many blocks of its own.
+
+    Args:
+        decoder: the draft model.
+        config: of the engine.
+        tokens: it guesses in a step.
+        sequences: while more than so many decode, nothing is guessed.
+    """
+    pool = BlockPool(config.blocks, config.block_size, share=config.share)
+    limits = {"most_sequences": sequences, "most_tokens": config.most_tokens, "most_length": config.most_length}
+    return Drafter(decoder, pool, tokens=tokens, graphs=config.graphs, **limits)

@@ -7,6 +7,7 @@ sampling option works as it does elsewhere. No thread of its own: `step` makes o
 import logging
 import weakref
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rankwise.engine.runtime.acceptance import Choices
 from rankwise.engine.runtime.continuous import Chooser, Pages, Requests, make_manager
 from rankwise.engine.runtime.engine import Engine, EngineConfig
 from rankwise.engine.runtime.loader import layer_kv_bytes
-from rankwise.engine.runtime.memory import MemoryPlan, plan_blocks
+from rankwise.engine.runtime.memory import MemoryPlan, plan_blocks, step_bytes
 from rankwise.engine.runtime.params import SamplingParams
 from rankwise.engine.runtime.sequence import Sequence
 from rankwise.errors import RankwiseError
@@ -26,30 +27,27 @@ PROMPTS = ((5, 9, 7, 3, 8), (6, 4, 5))  # of that check: two lengths side by sid
 log = logging.getLogger("rankwise")
 
 
-def make_fallback(
-    model: Any, eos: Many[int], block_size: int, kv_tokens: int | None, limits: dict[str, int], share: bool
-) -> tuple[Engine, MemoryPlan]:
+def make_fallback(model: Any, eos: Many[int], limits: EngineConfig, kv_tokens: int | None) -> tuple[Engine, MemoryPlan]:
     """An engine for a model, and what its cache takes.
 
     Args:
         model: as in `Fallback`.
         eos: likewise.
-        block_size: tokens a block.
+        limits: likewise, but for `blocks`.
         kv_tokens: that the cache holds; None: all sequences at full length, `TOKENS` at most.
-        limits: of `EngineConfig`.
-        share: keep the blocks of finished prompts for others that begin alike.
 
     Raises:
         RankwiseError: too little memory, no keys and values to keep, or as `Fallback`.
     """
-    config = model.config.get_text_config()
+    config, size = model.config.get_text_config(), limits.block_size
     try:
-        bytes_ = block_size * layer_kv_bytes(config, model.dtype) * config.num_hidden_layers
+        bytes_ = size * layer_kv_bytes(config, model.dtype) * config.num_hidden_layers
     except AttributeError as failure:  # without attention heads it is no transformer
         raise _refusal(model, str(failure)) from failure
-    wanted = min(TOKENS, limits["most_sequences"] * limits["most_length"])
-    plan = plan_blocks(bytes_, model.device, block_size, kv_tokens, wanted)
-    return Fallback(model, EngineConfig(plan.blocks, block_size, **limits, share=share, graphs=False), eos), plan
+    wanted = min(TOKENS, limits.most_sequences * limits.most_length)
+    workspace = step_bytes(config, model.dtype, limits.most_tokens, limits.most_sequences)
+    plan = plan_blocks(bytes_, model.device, size, kv_tokens, wanted, workspace)
+    return Fallback(model, replace(limits, blocks=plan.blocks, graphs=False), eos), plan
 
 
 class Fallback(Engine):
@@ -147,7 +145,8 @@ def _require_fixed_angles(model: Any, length: int) -> None:
     rope = getattr(model.config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     name = "original_max_position_embeddings"
-    short = int(rope.get(name) or getattr(model.config, name, None) or 0)
+    whole = model.config.max_position_embeddings if kind == "dynamic" else 0  # from there on its angles change
+    short = int(rope.get(name) or getattr(model.config, name, None) or whole)
     if kind in ("dynamic", "longrope") and length > short:
         raise RankwiseError("max_model_len", length, f"rope_type {kind}: allowed: up to {short}")
 

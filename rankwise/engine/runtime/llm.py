@@ -1,30 +1,36 @@
 """`rankwise.LLM`: a model, dense or compressed, that generates text for many prompts at once."""
 
+import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
-from rankwise.engine.runtime.blocks import BlockPool
-from rankwise.engine.runtime.draft import load_draft
+from rankwise.config import check, check_count
+from rankwise.engine.runtime.draft import load_draft, make_drafter
 from rankwise.engine.runtime.engine import Engine, EngineConfig
 from rankwise.engine.runtime.loader import convert, is_supported
-from rankwise.engine.runtime.memory import MemoryPlan, plan_memory
+from rankwise.engine.runtime.memory import MemoryPlan, plan_memory, step_bytes
 from rankwise.engine.runtime.params import Completion, SamplingParams
 from rankwise.engine.runtime.sequence import Sequence
-from rankwise.engine.runtime.speculative import Drafter, Tally
-from rankwise.engine.runtime.text import TextStream
+from rankwise.engine.runtime.speculative import Tally
+from rankwise.engine.runtime.text import Output, TextStream
 from rankwise.errors import RankwiseError
 from rankwise.kernels import native
 from rankwise.progress import Track, silent
 from rankwise.zoo import load_model
 
 Prompt = str | Many[int]
+log = logging.getLogger("rankwise")
 
 
 class LLM:
     """Text in, text out, over the engine.
 
     `backend` says what computes: `rankwise`, our decoder, or `transformers` for architectures that it does not cover.
+    `plan` says what the KV cache takes; at its level INFO the logger `rankwise` tells it, too. One thread at a time
+    uses it; streams and calls of `generate` may be open side by side, each step serves all of them.
 
     Args:
         model: a hub id, a folder (dense or compressed), a `.gguf` file or `embedded:smollm2-135m`.
@@ -66,36 +72,46 @@ class LLM:
         draft_tokens: int = 4,
         draft_sequences: int = 16,
     ) -> None:
+        sizes = {"max_sequences": max_sequences, "max_batched_tokens": max_batched_tokens, "block_size": block_size}
+        for name, count in (sizes if kv_tokens is None else sizes | {"kv_tokens": kv_tokens}).items():
+            check_count(name, count, 1)
+        self._outputs: dict[Sequence, Output] = {}
         native.start()  # the compiler, if it must run, runs while the model is read
         loaded, self.tokenizer = load_model(model, dtype, device)
         longest = getattr(loaded.config, "max_position_embeddings", None) or max(8192, max_model_len or 0)
         length = min(longest, 8192) if max_model_len is None else max_model_len
         if not 1 < length <= longest:
             raise RankwiseError("max_model_len", length, f"allowed: 2 to {longest}")
-        eos = loaded.generation_config.eos_token_id
         self.model_config, self.device = loaded.config, loaded.device
         self.vocabulary: int = loaded.get_input_embeddings().num_embeddings
-        ends = [eos] if isinstance(eos, int) else eos or ()
-        limits = {"most_sequences": max_sequences, "most_tokens": max_batched_tokens, "most_length": length}
         self.backend = "rankwise" if is_supported(loaded.config) else "transformers"
+        if self.backend == "transformers" and draft is not None:
+            raise RankwiseError("draft", draft, f"left out: {loaded.config.model_type} runs through transformers")
+        config = EngineConfig(
+            blocks=0,
+            block_size=block_size,
+            most_sequences=max_sequences,
+            most_tokens=max_batched_tokens,
+            most_length=length,
+            share=prefix_caching,
+            graphs=cuda_graphs,
+        )
+        eos = loaded.generation_config.eos_token_id
+        ends = [eos] if isinstance(eos, int) else eos or ()
         if self.backend == "transformers":
-            if draft is not None:
-                raise RankwiseError("draft", draft, f"left out: {loaded.config.model_type} runs through transformers")
             from rankwise.engine.runtime.fallback import make_fallback
 
-            self.engine, self.plan = make_fallback(loaded, ends, block_size, kv_tokens, limits, prefix_caching)
-            return
-        decoder = convert(loaded, length)
-        del loaded
-        guesser = draft and load_draft(draft, dtype, device, length, self.tokenizer, self.vocabulary)
-        self.plan = plan_memory(decoder, block_size, kv_tokens, max_sequences * length, guesser or None)
-        config = EngineConfig(self.plan.blocks, block_size, **limits, share=prefix_caching, graphs=cuda_graphs)
-        drafter = None
-        if guesser:
-            own = limits | {"tokens": draft_tokens, "most_sequences": draft_sequences}
-            pool = BlockPool(self.plan.blocks, block_size, share=prefix_caching)
-            drafter = Drafter(guesser, pool, **own, graphs=cuda_graphs)
-        self.engine = Engine(decoder, config, ends, drafter)
+            self.engine, self.plan = make_fallback(loaded, ends, config, kv_tokens)
+        else:
+            workspace = step_bytes(loaded.config, loaded.dtype, max_batched_tokens, max_sequences)
+            decoder = convert(loaded, length)
+            del loaded
+            guesser = load_draft(draft, dtype, device, length, self.tokenizer, self.vocabulary) if draft else None
+            self.plan = plan_memory(decoder, block_size, kv_tokens, max_sequences * length, guesser, workspace)
+            config = replace(config, blocks=self.plan.blocks)
+            drafter = None if guesser is None else make_drafter(guesser, config, draft_tokens, draft_sequences)
+            self.engine = Engine(decoder, config, ends, drafter)
+        log.info("%s", self.plan)
 
     @property
     def speculation(self) -> Tally | None:
@@ -119,30 +135,35 @@ class LLM:
         Raises:
             RankwiseError: a prompt is empty or too long (then none is run), or there are not as many params as prompts.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         many: list[Any] = [prompts] if single else list(prompts)
         alike = params is None or isinstance(params, SamplingParams)
         each: list[Any] = [params or SamplingParams()] * len(many) if alike else list(params)  # type: ignore[arg-type]
         if len(each) != len(many):
             raise RankwiseError("params", len(each), f"one, or {len(many)} as there are prompts")
-        streams = self._add(many, each)
-        with track("requests", len(many)) as advance:
-            for _ in self._steps(streams):
-                advance()
-        return [self.completion(sequence, stream) for sequence, stream in streams.items()]
+        added = self._add(many, each)
+        try:
+            with track("requests", len(many)) as advance:
+                for _ in self._finished(added):
+                    advance()
+            return [self.completion(sequence, self._outputs[sequence].text) for sequence in added]
+        finally:
+            self._forget(added)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of one output as they come; closing the iterator early cancels the request."""
-        [(sequence, text)] = self._add([prompt], [params or SamplingParams()]).items()
+        [sequence] = self._add([prompt], [params or SamplingParams()])
+        output = self._outputs[sequence]
         try:
             while not sequence.finish_reason:
-                for grown in self.engine.step():
-                    if grown is sequence and (piece := self._push(sequence, text)):
-                        yield piece
-            if piece := text.finish():
+                if not output.unread:
+                    self._step()
+                if piece := output.take():
+                    yield piece
+            if piece := output.take() + output.text.finish():
                 yield piece
         finally:
-            self.engine.cancel(sequence)
+            self._forget([sequence])
 
     def chat(self, messages: Many[dict[str, str]]) -> list[int]:
         """The prompt of a conversation by the tokenizer's chat template, as ids.
@@ -156,8 +177,17 @@ class LLM:
         return [int(token) for token in ids]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt; ids are taken as they are."""
-        return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else [int(token) for token in prompt]
+        """Ids of a prompt; ids are taken as they are.
+
+        Raises:
+            RankwiseError: an id that the model does not have.
+        """
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt).input_ids)
+        ids = [int(token) for token in prompt]
+        for token in ids:
+            check("prompt", f"token {token}", 0 <= token < self.vocabulary, f"ids from 0 to {self.vocabulary - 1}")
+        return ids
 
     def completion(self, sequence: Sequence, text: TextStream) -> Completion:
         """What a finished request came to."""
@@ -171,38 +201,43 @@ class LLM:
             cached_tokens=sequence.cached,
         )
 
-    def _add(self, prompts: Many[Prompt], params: Many[SamplingParams]) -> dict[Sequence, TextStream]:
-        added: dict[Sequence, TextStream] = {}
+    def _add(self, prompts: Many[Prompt], params: Many[SamplingParams]) -> list[Sequence]:
+        added: list[Sequence] = []
         try:
             for prompt, each in zip(prompts, params, strict=True):
-                added[self.engine.add(self.encode(prompt), each)] = TextStream(self.tokenizer, each.stop)
+                ids = self.encode(prompt)
+                added.append(self.engine.add(ids, each))
+                self._outputs[added[-1]] = Output(TextStream(self.tokenizer, each.stop, ids))
         except BaseException:
-            for sequence in added:
-                self.engine.cancel(sequence)
+            self._forget(added)
             raise
         return added
 
-    def _steps(self, streams: dict[Sequence, TextStream]) -> Iterator[Sequence]:
-        """Run until all are finished; each sequence once, when it is."""
-        left = set(streams)
-        try:
-            while left:
-                for sequence in self.engine.step():
-                    if sequence in streams:
-                        self._push(sequence, streams[sequence])
-                for sequence in [s for s in left if s.finish_reason]:
-                    left.remove(sequence)
-                    yield sequence
-        finally:
-            for sequence in left:
-                self.engine.cancel(sequence)
+    def _forget(self, sequences: Many[Sequence]) -> None:
+        """Let go of requests; those that are not finished are cancelled."""
+        for sequence in sequences:
+            self.engine.cancel(sequence)
+            self._outputs.pop(sequence, None)
 
-    def _push(self, sequence: Sequence, text: TextStream) -> str:
+    def _finished(self, sequences: Many[Sequence]) -> Iterator[Sequence]:
+        """Run until all are finished; each sequence once, when it is."""
+        left = list(sequences)
+        while left:
+            yield from [sequence for sequence in left if sequence.finish_reason]
+            left = [sequence for sequence in left if not sequence.finish_reason]
+            if left:
+                self._step()
+
+    def _step(self) -> None:
+        """One step of the engine; every sequence's tokens become its text, whoever waits for them."""
+        for sequence in self.engine.step():
+            if sequence in self._outputs:
+                self._push(sequence, self._outputs[sequence])
+
+    def _push(self, sequence: Sequence, output: Output) -> None:
         """Take a step's tokens of a sequence; what comes after a stop text is dropped."""
-        piece = ""
         for at in range(len(sequence.output) - sequence.fresh, len(sequence.output)):
-            piece += text.push(sequence.output[at])
-            if text.stopped:
+            output.unread += output.text.push(sequence.output[at])
+            if output.text.stopped:
                 self.engine.finish(sequence, "stop", at + 1)
                 break
-        return piece

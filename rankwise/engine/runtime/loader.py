@@ -22,7 +22,16 @@ ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
 
 def is_supported(config: Any) -> bool:
     """Whether the runtime has a decoder of its own for a model, by its configuration."""
-    return getattr(config, "model_type", "") in FAMILIES and _activation(config) in ACTIVATIONS
+    ours = getattr(config, "model_type", "") in FAMILIES and _activation(config) in ACTIVATIONS
+    causal = not getattr(config, "use_bidirectional_attention", False)
+    return ours and causal and all(kind in ROPES for kind in rope_types(config))
+
+
+def rope_types(config: Any) -> set[str]:
+    """Rotary scalings that a configuration names, of all its layer types."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    return {str(part.get("rope_type") or "default") for part in each}
 
 
 def convert(model: Any, most_positions: int) -> Decoder:
@@ -39,7 +48,9 @@ def convert(model: Any, most_positions: int) -> Decoder:
     if config.model_type not in FAMILIES:
         raise RankwiseError("model_type", config.model_type, f"allowed: {', '.join(FAMILIES)}")
     if not is_supported(config):
-        raise RankwiseError("activation", _activation(config), f"allowed: {', '.join(ACTIVATIONS)}")
+        found = f"activation {_activation(config)}, rope_type {' and '.join(sorted(rope_types(config)))}"
+        allowed = f"{', '.join(ACTIVATIONS)}; {', '.join(ROPES)}; attention from left to right"
+        raise RankwiseError("model", found, f"allowed: {allowed}")
     inner = model.model
     angles = _angles(inner, most_positions)
     blocks = []
@@ -94,7 +105,6 @@ def _shape(config: Any) -> Shape:
         eps=config.rms_norm_eps,
         offset=gemma,
         scale=config.query_pre_attn_scalar**-0.5 if gemma else None,
-        softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
         gelu=ACTIVATIONS[_activation(config)],
         embed_scale=config.hidden_size**0.5 if gemma else 1.0,
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,

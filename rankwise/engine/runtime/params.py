@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from rankwise.config import check, check_count
 from rankwise.errors import RankwiseError
 
+MOST_K = 2**31
+COLD = 1e-5  # below this temperature the likeliest token is taken; dividing by less leaves the range of fp32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -14,7 +17,7 @@ class SamplingParams:
 
     Args:
         max_tokens: new tokens at most.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0, and all up to `COLD`, takes the likeliest token.
         top_k: so many likeliest tokens stay; 0: all.
         top_p: the fewest tokens stay that have this probability together.
         min_p: tokens of less than this share of the largest probability go.
@@ -46,7 +49,9 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         check_count("max_tokens", self.max_tokens, 1)
         check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number from 0")
+        object.__setattr__(self, "temperature", self.temperature if self.temperature > COLD else 0.0)
         check_count("top_k", self.top_k, 0)
+        check("top_k", self.top_k, self.top_k <= MOST_K, f"0 to {MOST_K}")
         check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
         check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
@@ -55,7 +60,11 @@ class SamplingParams:
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RankwiseError("stop", list(self.stop), "texts of at least one character")
         if self.logprobs is not None:
-            check("logprobs", self.logprobs, 0 <= self.logprobs <= 20, "0 to 20, or None")
+            check_count("logprobs", self.logprobs, 0)
+            check("logprobs", self.logprobs, self.logprobs <= 20, "0 to 20, or None")
+        if self.seed is not None:
+            whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+            check("seed", self.seed, whole and -(2**63) <= self.seed < 2**63, "a whole number of 64 bits, or None")
 
     @property
     def fixed(self) -> bool:

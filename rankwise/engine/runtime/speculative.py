@@ -181,7 +181,7 @@ def guess(logits: torch.Tensor, shadows: Many[Sequence]) -> None:
         logits: `[N, vocabulary]` of the draft model; changed where a penalty asks for it.
         shadows: in the order of the rows.
     """
-    penalise(logits, shadows, [len(shadow.draft) for shadow in shadows])
+    logits = penalise(logits, shadows, [len(shadow.draft) for shadow in shadows])
     for fixed in (True, False):
         rows = [at for at, shadow in enumerate(shadows) if shadow.params.fixed is fixed]
         if not rows:

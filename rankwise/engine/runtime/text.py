@@ -1,9 +1,13 @@
 """From tokens to text while they come: pieces that are whole characters, and nothing of a stop text."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+BEFORE = 8  # tokens of the prompt that say how the first of the output is written, after a space or without
+HALF = "\ufffd"  # what a decoder writes for a character that is not all there
 
 
 class TextStream:
@@ -12,11 +16,14 @@ class TextStream:
     Args:
         tokenizer: of transformers, a fast one.
         stop: texts that end the output.
+        prompt: ids that the output follows; the space between the two is part of the output.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.stream = DecodeStream(skip_special_tokens=True)
+        before = [int(token) for token in prompt[-BEFORE:]]
+        whole = not tokenizer.decode(before, skip_special_tokens=True).endswith(HALF)  # else it would be shown with it
+        self.stream = DecodeStream(ids=before if whole else [], skip_special_tokens=True)
         self.text, self.given, self.stopped = "", 0, False
 
     def push(self, token: int) -> str:
@@ -44,4 +51,22 @@ class TextStream:
 
     def _show(self, end: int) -> str:
         piece, self.given = self.text[self.given : end], max(self.given, end)
+        return piece
+
+
+@dataclass
+class Output:
+    """What a request came to so far.
+
+    Args:
+        text: of its tokens.
+        unread: what may be shown and was not yet.
+    """
+
+    text: TextStream
+    unread: str = ""
+
+    def take(self) -> str:
+        """What may be shown and was not yet; now it was."""
+        piece, self.unread = self.unread, ""
         return piece

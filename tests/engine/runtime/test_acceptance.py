@@ -149,3 +149,13 @@ def test_rows_of_all_kinds_side_by_side() -> None:
     whole = choose(torch.cat([rows for _, rows in together]), [sequence for sequence, _ in together])
     assert whole == [choose(rows, [sequence])[0] for sequence, rows in made()]
     assert [len(choices) <= drafted + 1 for choices, (_, drafted) in zip(whole, kinds, strict=True)] == [True] * 6
+
+
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 0.06}, {"frequency_penalty": 0.01}])
+def test_a_small_penalty_counts_in_bf16(penalty: dict[str, float]) -> None:
+    """Logits near 20 lie 0.125 apart there; taken from one of two that are alike, less than that decides."""
+    logits = torch.full((2, 8), 20.0, dtype=torch.bfloat16)
+    first = Sequence([1], SamplingParams(temperature=0, **penalty), output=[0, 0, 0])
+    other = Sequence([1], SamplingParams(temperature=0), output=[0])
+    [[(token, _)], [(unpenalised, _)]] = choose(logits, [first, other])
+    assert (token, unpenalised) == (1, 0)

@@ -35,12 +35,14 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
 OTHERS: dict[str, Callable[[], Any]] = {
     "phi": lambda: PhiConfig(**SIZES),
     "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16, sliding_window=16),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
     "llama with gelu": lambda: LlamaConfig(**SIZES, hidden_act="gelu"),
+    "llama with dynamic angles": lambda: LlamaConfig(**SIZES, rope_parameters=DYNAMIC),
 }
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PROMPTS = [[5, 6, 7], [8] * 20, list(range(10, 60)), [400, 3]]

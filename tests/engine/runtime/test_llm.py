@@ -1,12 +1,21 @@
 """Text in, text out: what a person calls."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import rankwise
+from rankwise.engine.runtime.memory import free_bytes, plan_blocks, step_bytes
 from rankwise.engine.runtime.params import SamplingParams
 from rankwise.engine.runtime.text import TextStream
 from rankwise.errors import RankwiseError
@@ -73,6 +82,24 @@ def test_closing_a_stream_cancels_it(llm: rankwise.LLM) -> None:
     assert not llm.engine.busy
 
 
+def test_streams_and_calls_side_by_side(llm: rankwise.LLM) -> None:
+    """A step serves all of them, whoever asked for it; each of them sees its own text, whole."""
+    texts = ["The module", "An exception is", "def f(x):"]
+    wanted = [done.text for done in llm.generate(texts, GREEDY)]
+    zipped = ["", ""]
+    for pieces in zip_longest(*(llm.stream(text, GREEDY) for text in texts[:2]), fillvalue=""):
+        zipped = [text + piece for text, piece in zip(zipped, pieces, strict=True)]
+    assert zipped == wanted[:2]
+    stop = wanted[1][len(wanted[1]) // 2 :][:3]
+    first, stopped = llm.stream(texts[0], GREEDY), llm.stream(texts[1], replace(GREEDY, stop=stop))
+    begun = [next(first), next(stopped)]
+    assert llm.generate(texts[2], GREEDY)[0].text == wanted[2]
+    assert begun[0] + "".join(first) == wanted[0]
+    assert begun[1] + "".join(stopped) == wanted[1][: wanted[1].index(stop)]
+    assert free(llm)
+    assert not llm._outputs
+
+
 def test_a_stop_text_ends_the_output_and_is_no_part_of_it(llm: rankwise.LLM) -> None:
     whole = llm.generate("The module", GREEDY)[0].text
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
@@ -109,6 +136,31 @@ def test_the_beginning_of_a_stop_text_is_held_back(tokenizer: Any, stop: str) ->
     assert stream.stopped
 
 
+def test_the_space_before_the_first_word_is_part_of_the_output() -> None:
+    """SentencePiece's decoder drops it where a text begins; an output is not where the text begins."""
+    words = {"▁The": 0, "▁capital": 1, "▁is": 2, "▁Paris": 3, ".": 4, "<unk>": 5}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    for prompt, output, wanted in (
+        ([0, 1, 2], [3, 4], " Paris."),
+        ([2, 4], [0, 3], " The Paris"),
+        ([], [3, 4], "Paris."),
+    ):
+        stream = TextStream(tokenizer, prompt=prompt)
+        assert "".join(stream.push(token) for token in output) + stream.finish() == wanted
+
+
+def test_a_prompt_that_ends_within_a_character(tokenizer: Any) -> None:
+    ids = tokenizer("naïve – 東京 🙂 end").input_ids
+    for cut in range(len(ids)):
+        stream = TextStream(tokenizer, prompt=ids[:cut])
+        shown = "".join(stream.push(token) for token in ids[cut:]) + stream.finish()
+        before = tokenizer.decode(ids[:cut])
+        assert (before + shown == tokenizer.decode(ids)) or before.endswith("\ufffd")
+        assert "naïve" not in shown or not cut
+
+
 def test_chat_needs_a_template(llm: rankwise.LLM) -> None:
     with pytest.raises(RankwiseError, match="no chat template"):
         llm.chat([{"role": "user", "content": "hello"}])
@@ -120,6 +172,10 @@ def test_chat_needs_a_template(llm: rankwise.LLM) -> None:
         ({"max_model_len": 1000}, "max_model_len: 1000; allowed: 2 to 128"),
         ({"max_model_len": 1}, "max_model_len: 1; allowed: 2 to 128"),
         ({"kv_tokens": 10**12}, "kv_tokens: 1000000000000; allowed: up to"),
+        ({"kv_tokens": 0}, "kv_tokens: 0; allowed: a whole number from 1"),
+        ({"block_size": 0}, "block_size: 0; allowed: a whole number from 1"),
+        ({"max_sequences": 0}, "max_sequences: 0; allowed: a whole number from 1"),
+        ({"max_batched_tokens": 0}, "max_batched_tokens: 0; allowed: a whole number from 1"),
     ],
 )
 def test_limits_are_checked(model_folder: Callable[[str], Path], options: dict[str, int], message: str) -> None:
@@ -139,6 +195,10 @@ def test_limits_are_checked(model_folder: Callable[[str], Path], options: dict[s
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"stop": [""]}, "stop"),
         ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": 1.5}, "logprobs"),
+        ({"top_k": 10**30}, "top_k"),
+        ({"seed": 2**70}, "seed"),
+        ({"seed": 0.5}, "seed"),
     ],
 )
 def test_params_are_checked(options: dict[str, Any], named: str) -> None:
@@ -146,6 +206,38 @@ def test_params_are_checked(options: dict[str, Any], named: str) -> None:
         SamplingParams(**options)
 
 
-def test_the_plan_of_memory_is_told(llm: rankwise.LLM) -> None:
+@pytest.mark.parametrize("token", [-1, 512, 2**40])
+def test_ids_that_the_model_does_not_have_are_refused(llm: rankwise.LLM, token: int) -> None:
+    with pytest.raises(RankwiseError, match=f"prompt: token {token}; allowed: ids from 0 to 511"):
+        llm.generate([[5, 6], [5, token]], GREEDY)
+    assert free(llm)
+
+
+def test_ids_may_be_numpys(llm: rankwise.LLM) -> None:
+    assert llm.generate(np.array([5, 6, 7]), GREEDY)[0].tokens == llm.generate([5, 6, 7], GREEDY)[0].tokens
+
+
+def test_a_temperature_that_no_division_stands_takes_the_likeliest(llm: rankwise.LLM) -> None:
+    cold = replace(GREEDY, temperature=1e-40)
+    assert llm.generate("The module", cold)[0].tokens == llm.generate("The module", GREEDY)[0].tokens
+
+
+def test_what_a_step_takes_stays_free(llm: rankwise.LLM) -> None:
+    free_now = free_bytes(torch.device("cpu"))
+    most = plan_blocks(2**20, torch.device("cpu"), 16, None, 10**9)
+    less = plan_blocks(2**20, torch.device("cpu"), 16, None, 10**9, workspace=free_now // 2 - 2**28)
+    assert less.blocks < 300 < most.blocks  # a quarter of a GiB is left, and what other programs gave back
+    config = llm.model_config
+    few, many = (step_bytes(config, torch.float32, tokens, rows) for tokens, rows in ((1, 1), (1024, 64)))
+    assert few * 64 < many < few * 1024
+    assert llm.plan.workspace == many
+
+
+def test_the_plan_of_memory_is_told(
+    model_folder: Callable[[str], Path], llm: rankwise.LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "rankwise"):
+        rankwise.LLM(str(model_folder("llama")), max_model_len=100, kv_tokens=800, dtype="fp32", device="cpu")
     assert str(llm.plan).startswith("KV cache: 800 tokens in 50 blocks")
+    assert [record.message for record in caplog.records][-1].startswith("KV cache: 800 tokens in 50 blocks")
     assert llm.plan.blocks * llm.plan.block_bytes == llm.engine.cache_bytes
