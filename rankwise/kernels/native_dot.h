@@ -78,11 +78,28 @@ INLINE void dot16(const char *weights, int64_t chunks, const char *tile, int64_t
 /* How codes of 4 bits become numbers: level[code] * scale, or (level[code] + shift) * scale. */
 typedef struct {
     Codes levels;
-    const char *scales;  /* per panel and group 16 words: fp32, or bf16 scale (low half) and shift (high half) */
+    const char *scales;  /* per panel and group 16 words: fp32, or bf16 scale (low half) and shift (high half); or
+                            16 halves, scales in bf16 */
     const float *totals; /* per group and token the sum of the inputs, by which shifts are multiplied; or NULL */
     int64_t group;       /* chunks that share a scale */
-    int halves;          /* the words are pairs of halves */
+    int halves;          /* the words are pairs of halves, or */
+    int alone;           /* halves without a partner */
 } Scaling;
+
+/* Bytes of a panel's scales of one group. */
+INLINE int64_t scale_bytes(Scaling how) { return how.alone ? VECTOR / 2 : VECTOR; }
+
+/* Those of a group as words. */
+INLINE Words scale_words(Scaling how, int64_t group) {
+    Words words;
+    Halves alone;
+    if (!how.alone) {
+        memcpy(&words, how.scales + group * VECTOR, VECTOR);
+        return words;
+    }
+    memcpy(&alone, how.scales + group * VECTOR / 2, VECTOR / 2);
+    return __builtin_convertvector(alone, Words);
+}
 
 /* The same of panels in 4 bits. */
 INLINE void dot4(const char *weights, int64_t chunks, Scaling how, const char *tile, int64_t stride, Floats *sums,
@@ -110,8 +127,7 @@ INLINE void dot4(const char *weights, int64_t chunks, Scaling how, const char *t
         }
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
-            Words word;
-            memcpy(&word, how.scales + (p * groups + g) * VECTOR, VECTOR);
+            Words word = scale_words(how, p * groups + g);
             Floats scale = (Floats)(how.halves ? word << 16 : word), shift = (Floats)(word & 0xffff0000u);
 #pragma GCC unroll 16
             for (int t = 0; t < T; t++) {

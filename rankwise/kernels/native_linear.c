@@ -97,7 +97,7 @@ static void store(const Matrix *m, const Pass *pass, int64_t panel, int64_t t0, 
 static void dot(const Matrix *m, int64_t panel, int count, Scaling how, const char *tile, int size, Floats *sums) {
     int64_t chunks = m->chunks;
     const char *w = m->weights + panel * panel_bytes(m);
-    how.scales += m->levels ? panel * (chunks / how.group) * VECTOR : 0;
+    how.scales += m->levels ? panel * (chunks / how.group) * scale_bytes(how) : 0;
 #define WITH(P, T)                                                                                                     \
     if (FOUR_BITS && m->bits == 4) dot4(w, chunks, how, tile + t * CHUNK_BYTES, size, sums + t, P, T);                 \
     else if (m->bits == 8) dot8(w, chunks, m->levels, how.scales, tile + t * CHUNK_BYTES, size, sums + t, P, T);       \
@@ -121,6 +121,7 @@ static void dot(const Matrix *m, int64_t panel, int count, Scaling how, const ch
 /* Panels lo..hi of a matrix, for all tokens. */
 static void multiply(const Matrix *m, const Pass *pass, int64_t lo, int64_t hi, float *totals) {
     Scaling how = {.scales = m->scales, .totals = m->shifted ? totals : NULL, .group = m->group, .halves = (int)m->halves};
+    how.alone = m->halves && !m->shifted;
     if (m->bits == 4) memcpy(&how.levels, m->levels, sizeof how.levels);
     for (int64_t first = lo; first < hi; first += TOGETHER)
         for (int64_t t0 = 0; t0 < pass->tokens; t0 += TILE) {

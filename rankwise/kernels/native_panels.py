@@ -24,10 +24,10 @@ class Panels:
     Args:
         weights: bf16 `[panels, chunks, 4, 16, 2]`; of codes of 4 bits int16 `[panels, chunks, 32]`, of 8 bits uint8
             `[panels, chunks, 2, 4, 2, 4, 2]`, see `numbers8` in native_dot.h.
-        scales: int32 `[panels, groups, 16]`, see `Scaling` in native_dot.h; None in bf16.
+        scales: int32 `[panels, groups, 16]`, int16 where halves stand alone, see `Scaling` in native_dot.h; None in bf16.
         levels: what codes stand for: of 4 bits bf16 `[32]`, twice, of 8 bits uint8 `[2, 128]`, the bytes of their
             magnitudes in bf16; None in bf16.
-        halves: scales are pairs of halves.
+        halves: scales are halves: with a shift each where codes have zero points, else alone.
         shifted: codes have zero points.
         rows: m.
         columns: n.
@@ -97,10 +97,10 @@ def _coded(w: Int4 | NF4) -> Panels:
     if isinstance(w, NF4):
         scales, levels, shifted = w.absmax.float().view(torch.int32), torch.tensor(LEVELS), False
     else:
-        point = torch.full(w.scale.shape, MIDDLE) if w.zero is None else w.zero
-        halves = w.scale.bfloat16(), (MIDDLE - point.float()).bfloat16()
-        scales = torch.stack(halves, -1).view(torch.int32).flatten(1)
-        levels, shifted = torch.arange(16.0) - MIDDLE, w.zero is not None
+        scales, levels, shifted = w.scale.bfloat16().view(torch.int16), torch.arange(16.0) - MIDDLE, w.zero is not None
+        if w.zero is not None:
+            halves = w.scale.bfloat16(), (MIDDLE - w.zero.float()).bfloat16()
+            scales = torch.stack(halves, -1).view(torch.int32).flatten(1)
     laid = torch.nn.functional.pad(scales, (0, 0, 0, -m % ROWS)).view(-1, ROWS, scales.shape[1]).transpose(1, 2)
     return Panels(placed(words), placed(laid), levels.bfloat16().repeat(2), isinstance(w, Int4), shifted, m, n)
 
@@ -116,10 +116,11 @@ def rows_of(panels: Panels) -> torch.Tensor:
     codes = nibbles.permute(0, 2, 1, 4, 3).reshape(-1, panels.columns)
     numbers = panels.levels.float().index_select(0, codes.flatten()).view(len(codes), panels.groups, -1)
     words = panels.scales.transpose(1, 2).contiguous().view(len(codes), panels.groups, 1)
-    if not panels.halves:
-        return (numbers * words.view(torch.float32)).flatten(1)[: panels.rows].bfloat16()
-    scale, shift = words.view(torch.bfloat16).float().split(1, dim=-1)
-    return ((numbers + shift) * scale).flatten(1)[: panels.rows].bfloat16()
+    if panels.shifted:
+        scale, shift = words.view(torch.bfloat16).float().split(1, dim=-1)
+        return ((numbers + shift) * scale).flatten(1)[: panels.rows].bfloat16()
+    scale = words.view(torch.bfloat16 if panels.halves else torch.float32).float()
+    return (numbers * scale).flatten(1)[: panels.rows].bfloat16()
 
 
 def _rows_of_eight(panels: Panels) -> torch.Tensor:
