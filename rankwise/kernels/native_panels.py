@@ -24,7 +24,8 @@ class Panels:
     Args:
         weights: bf16 `[panels, chunks, 4, 16, 2]`; of codes of 4 bits int16 `[panels, chunks, 32]`, of 8 bits uint8
             `[panels, chunks, 2, 4, 2, 4, 2]`, see `numbers8` in native_dot.h.
-        scales: int32 `[panels, groups, 16]`, int16 where halves stand alone, see `Scaling` in native_dot.h; None in bf16.
+        scales: int32 `[panels, groups, 16]`, int16 where halves stand alone, see `Scaling` in native_dot.h; None in
+            bf16.
         levels: what codes stand for: of 4 bits bf16 `[32]`, twice, of 8 bits uint8 `[2, 128]`, the bytes of their
             magnitudes in bf16; None in bf16.
         halves: scales are halves: with a shift each where codes have zero points, else alone.

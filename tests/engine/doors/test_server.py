@@ -68,6 +68,17 @@ def test_a_chat(client: openai.OpenAI, llm: rankwise.LLM) -> None:
     assert answer.usage.prompt_tokens == len(prompt)
 
 
+def test_a_conversation_goes_on_from_what_was_answered(client: openai.OpenAI, llm: rankwise.LLM) -> None:
+    said = client.chat.completions.create(model="tiny", messages=MESSAGES, **GREEDY).choices[0].message
+    assert said.content
+    more = {"role": "user", "content": "And a tuple?"}
+    plain = [*MESSAGES, {"role": "assistant", "content": said.content}, more]
+    for kept in (said, said.model_dump(), said.model_dump(exclude_none=True)):
+        history: Any = [*MESSAGES, kept, more]
+        answer = client.chat.completions.create(model="tiny", messages=history, **GREEDY)
+        assert answer.choices[0].message.content == expected(llm, llm.chat(plain)).text
+
+
 def test_newer_names_of_chat_mean_the_same(client: openai.OpenAI) -> None:
     old = client.chat.completions.create(model="tiny", messages=MESSAGES, **GREEDY)
     parts: Any = [
@@ -145,6 +156,41 @@ def test_log_probabilities(client: openai.OpenAI, llm: rankwise.LLM) -> None:
     assert all(0 < math.exp(value) < 1 for value in found.token_logprobs or [])
 
 
+def listed(client: openai.OpenAI, **body: Any) -> tuple[str, Any]:
+    """A text and its log-probabilities, which are those of its stream."""
+    body = {"model": "tiny", "prompt": PROMPT, "logprobs": 2, **body}
+    whole = client.completions.create(**body).choices[0]
+    events = [event.choices[0] for event in client.completions.create(stream=True, **body)]
+    assert "".join(event.text for event in events) == whole.text
+    known = [event.logprobs for event in events if event.logprobs]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [one for each in known for one in getattr(each, name)] == getattr(whole.logprobs, name), name
+    return whole.text, whole.logprobs
+
+
+def test_tokens_from_a_stop_text_on_have_no_log_probabilities(client: openai.OpenAI, llm: rankwise.LLM) -> None:
+    wanted = expected(llm)
+    for at in range(len(wanted.text) // 2, len(wanted.text) // 2 + 4):  # at a token's beginning and within one
+        stop = wanted.text[at : at + 6]
+        text, known = listed(client, stop=[stop, wanted.text[at + 2 : at + 9] + "never"], **GREEDY)
+        assert text == wanted.text[: wanted.text.index(stop)]
+        assert all(offset < len(text) for offset in known.text_offset)
+        assert text.startswith("".join(known.tokens[:-1]))
+        assert "".join(known.tokens).startswith(text)
+    assert listed(client, stop=wanted.text[:3], **GREEDY)[1].tokens == []
+
+
+def test_an_end_of_sequence_has_no_log_probability(client: openai.OpenAI, llm: rankwise.LLM) -> None:
+    for seed in range(200):
+        tokens = expected(llm, temperature=2, seed=seed, max_tokens=60, ignore_eos=False).tokens
+        if tokens[-1] == 1 and len(tokens) > 3:
+            break
+    text, known = listed(client, temperature=2, seed=seed, max_tokens=60)
+    assert len(known.tokens) == sum(token not in (0, 1) for token in tokens)
+    assert "</s>" not in known.tokens
+    assert max(known.text_offset) <= len(text)
+
+
 def test_bytes_of_tokens_are_those_of_the_text(client: openai.OpenAI) -> None:
     options = {**GREEDY, "temperature": 1.8, "max_tokens": 200}
     body: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "logprobs": True, "seed": 3, **options}
@@ -211,6 +257,15 @@ def test_a_shared_prefix_is_not_computed_again(server: Served) -> None:
     assert first["prompt_tokens_details"]["cached_tokens"] == 0
     assert second["prompt_tokens_details"]["cached_tokens"] >= 48
     assert second["prompt_tokens_details"]["cached_tokens"] % 16 == 0
+
+
+def test_what_is_cached_is_counted_once_for_a_prompt(server: Served) -> None:
+    prompts = [f"the {name} prefix of several answers, long enough for blocks " * 3 for name in ("first", "second")]
+    body = {"prompt": prompts, "max_tokens": 1, "n": 3}
+    for usage in (server.post(**body).json()["usage"] for _ in range(2)):
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        assert cached <= usage["prompt_tokens"]
+    assert cached >= 2 * 48
 
 
 def test_a_completion_without_a_limit_is_short_and_a_chat_takes_what_is_left(server: Served) -> None:

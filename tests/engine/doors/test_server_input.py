@@ -47,6 +47,7 @@ def refused(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
 BAD = "invalid_value"
 COMPLETION = {"model": "tiny", "prompt": "x"}
 CHAT = {"model": "tiny", "messages": HELLO}
+SAID = {"role": "assistant", "content": "hello"}
 WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("completions", {"prompt": "x"}, "model", "missing_required_parameter"),
     ("completions", {"model": "tiny"}, "prompt", "missing_required_parameter"),
@@ -84,7 +85,9 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("completions", {**COMPLETION, "stop": "a" * 300}, "stop", BAD),
     ("completions", {**COMPLETION, "stream_options": {"include_usage": True}}, "stream_options", BAD),
     ("completions", {**COMPLETION, "echo": True}, "echo", BAD),
+    ("completions", {**COMPLETION, "echo": 0}, "echo", BAD),
     ("completions", {**COMPLETION, "best_of": 2}, "best_of", BAD),
+    ("completions", {**COMPLETION, "best_of": 1, "n": 2}, "best_of", BAD),
     ("completions", {**COMPLETION, "logit_bias": {"5": 1}}, "logit_bias", BAD),
     ("completions", {**COMPLETION, "no_such": 1}, "no_such", "unknown_parameter"),
     ("completions", {**COMPLETION, "messages": HELLO}, "messages", "unknown_parameter"),
@@ -98,6 +101,24 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
         BAD,
     ),
     ("chat/completions", {**CHAT, "messages": [{"role": "assistant", "content": "x"}]}, "messages", BAD),
+    ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": None}]}, "messages[0].content", BAD),
+    *(
+        ("chat/completions", {**CHAT, "messages": [*HELLO, {**SAID, name: value}]}, f"messages[1].{name}", BAD)
+        for name, value in {
+            "refusal": "no",
+            "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            "function_call": {"name": "f", "arguments": "{}"},
+            "audio": {"id": "a"},
+            "annotations": [{"type": "url_citation"}],
+            "reasoning_content": "hm",
+        }.items()
+    ),
+    (
+        "chat/completions",
+        {**CHAT, "messages": [{**HELLO[0], "no_such": None}]},
+        "messages[0].no_such",
+        "unknown_parameter",
+    ),
     ("chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs", BAD),
     ("chat/completions", {**CHAT, "max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", BAD),
     ("chat/completions", {**CHAT, "max_completion_tokens": 101}, "max_completion_tokens", BAD),
@@ -113,6 +134,7 @@ def test_bad_fields_are_named(server: Served, path: str, body: dict[str, Any], p
     error = refused(send(server, path, content=content, headers=head))
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert (param or "").split("[")[0] in error["message"]
+    assert error["message"].count(f"{param}: ") <= 1  # it is named once
 
 
 def test_what_asks_for_nothing_is_taken(server: Served) -> None:
@@ -120,10 +142,28 @@ def test_what_asks_for_nothing_is_taken(server: Served) -> None:
     nothing = dict.fromkeys(["temperature", "top_p", "n", "stop", "seed", "max_tokens", "stream_options", "audio"])
     body = {**CHAT, **neutral, **nothing, "stream": None, "metadata": {"a": "b"}, "store": True, "max_tokens": 2}
     assert send(server, "chat/completions", json=body).status_code == 200
+    for more in ({"best_of": None}, {"best_of": 1}, {"best_of": 2, "n": 2}):
+        assert send(server, "completions", json={**COMPLETION, "max_tokens": 1, **more}).status_code == 200
     edges = {"temperature": 1e-300, "top_p": 0, "min_p": 1, "repetition_penalty": 100, "top_k": -1, "seed": -(2**63)}
     for more in ({}, {"temperature": 2, "repetition_penalty": 0.01}, {"temperature": 1e-4, "top_k": 2**31}):
         answer = send(server, "completions", json={**COMPLETION, **edges, "max_tokens": 100, "logprobs": 20, **more})
         assert answer.status_code == 200, answer.text
+
+
+def test_what_says_nothing_in_a_message_is_taken(server: Served) -> None:
+    names = ["refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content", "name"]
+    empty = {"refusal": "", "tool_calls": [], "function_call": {}, "audio": {}, "annotations": [], "name": ""}
+    found = []
+    for message in (
+        {**SAID, "content": ""},
+        {**SAID, "content": None},
+        {**SAID, "content": [], **dict.fromkeys(names)},
+        {**SAID, "content": None, **empty, "reasoning_content": ""},
+    ):
+        answer = send(server, "chat/completions", json={**CHAT, "messages": [*HELLO, message, *HELLO], "max_tokens": 1})
+        assert answer.status_code == 200, answer.text
+        found.append(answer.json()["usage"]["prompt_tokens"])
+    assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from rankwise import __version__
 from rankwise.engine.doors.server.call import Call
 from rankwise.engine.doors.server.config import ServeConfig
-from rankwise.engine.doors.server.faults import Fault, of_input, of_validation
+from rankwise.engine.doors.server.faults import SHAPE, Fault, of_input, of_validation
 from rankwise.engine.doors.server.guard import REPORT, Guard, Message, Receive, Send, outcome
 from rankwise.engine.doors.server.loop import EngineLoop, Job
 from rankwise.engine.doors.server.metrics import Metrics
@@ -27,6 +27,13 @@ from rankwise.engine.doors.server.schema import ChatRequest, CompletionRequest, 
 from rankwise.engine.doors.server.spelling import Spelling
 from rankwise.engine.runtime.llm import LLM
 from rankwise.errors import RankwiseError
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "An error", "content": {"application/json": {"schema": SHAPE}}}
+}
+ANSWERS = ERRORS | {
+    200: {"description": "An answer; events of a stream", "content": {"application/json": {}, "text/event-stream": {}}}
+}
 
 log = logging.getLogger("rankwise.serve")
 
@@ -95,10 +102,11 @@ class Door:
     def _routes(self) -> FastAPI:
         about: dict[str, Any] = {"title": "rankwise", "summary": "OpenAI-compatible completions of one model."}
         app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None, lifespan=self._lifespan)
-        app.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
-        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
-        app.add_api_route("/v1/models", self.models, response_model=None)
-        app.add_api_route("/v1/models/{name:path}", self.model, response_model=None)
+        posted: dict[str, Any] = {"methods": ["POST"], "responses": ANSWERS, "response_model": None}
+        app.add_api_route("/v1/completions", self.complete, **posted)
+        app.add_api_route("/v1/chat/completions", self.chat, **posted)
+        app.add_api_route("/v1/models", self.models, responses=ERRORS, response_model=None)
+        app.add_api_route("/v1/models/{name:path}", self.model, responses=ERRORS, response_model=None)
         app.add_api_route("/health", self.health, response_model=None)
         app.add_api_route("/metrics", self.prometheus, response_model=None)
         app.add_exception_handler(Fault, _shaped)
@@ -139,11 +147,13 @@ class Door:
     ) -> Response:
         self._check_name(body.model)
         jobs = await asyncio.get_running_loop().run_in_executor(self.reader, read)
-        prompt_tokens = sum(len(prompt) for prompt, _ in jobs[:: body.choices])
+        firsts = jobs[:: body.choices]
+        prompt_tokens = sum(len(prompt) for prompt, _ in firsts)
         call = self.loop.submit(jobs)
         self.metrics.prompt_tokens.inc(prompt_tokens)
         logprobs = body.top_logprobs_wanted is not None
-        reply = kind(self.config.served_name, prompt_tokens, len(jobs), self.spelling, logprobs, body.wants_usage)
+        counts = prompt_tokens, len(firsts), len(jobs)
+        reply = kind(self.config.served_name, *counts, self.spelling, logprobs, body.wants_usage)
         if body.stream:
             return Stream(call, reply)
         watcher = asyncio.create_task(call.watch(request.receive))

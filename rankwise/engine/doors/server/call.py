@@ -23,6 +23,7 @@ class Piece:
         logprob: if asked for.
         reason: `stop` or `length` with the last token.
         cached: with the last token, how many of the prompt's were not computed again.
+        cut: with the last token, whether a stop text ended the text.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Piece:
     logprob: Logprob | None = None
     reason: str = ""
     cached: int = 0
+    cut: bool = False
 
 
 class Call:

@@ -12,6 +12,18 @@ from rankwise.errors import RankwiseError
 SHOWN = 300  # characters of a message; what a client sent is not sent back to it at any length
 NO_NAME = re.compile(r"\W")  # pydantic's names for members of a union: list[int], constrained-str …
 UNION = ("str", "int", "float", "bool")
+PARTS = {"message": "string", "type": "string", "param": ["string", "null"], "code": ["string", "null"]}
+SHAPE = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": list(PARTS),
+            "properties": {name: {"type": kind} for name, kind in PARTS.items()},
+        }
+    },
+}  # a JSON schema of what `Fault.body` gives
 
 
 class Fault(Exception):
@@ -74,7 +86,8 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> Fault:
     """One of pydantic's complaints about a body: of a union's the one that its right member has, else the first."""
     same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     first = next((error for error in same if not error["type"].endswith("_type")), errors[0])
-    param = first.get("ctx", {}).get("param") or _path(first["loc"][1:])
+    named = first.get("ctx", {}).get("param")
+    param = _path([*first["loc"][1:], *([named] if named else [])])
     kind = first["type"]
     if kind in ("json_invalid", "model_attributes_type", "model_type", "dict_type") and not param:
         return Fault(400, "the body must be one JSON object, sent as application/json", code="invalid_json")

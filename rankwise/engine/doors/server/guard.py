@@ -18,6 +18,7 @@ OPEN = ("/health", "/metrics")  # no key, and answered while the server goes dow
 COUNTED = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 OUTCOMES = {408: "timeout", 429: "overloaded", 499: "cancelled", 503: "unavailable", 504: "timeout"}
 REPORT = "rankwise.report"  # where the routes leave what the status does not tell
+BODY = 20.0  # seconds for a request's body to come; as long as it does not, it holds a place
 SLACK = 5.0  # seconds beyond a request's time for its last bytes to be taken
 DISCARD = 1 << 24  # bytes beyond the limit that are read and dropped, so that the client hears why
 
@@ -33,7 +34,8 @@ class Guard:
 
     def __init__(self, app: App, config: ServeConfig, metrics: Metrics) -> None:
         self.app, self.config, self.metrics = app, config, metrics
-        self.open, self.draining, self.idle = 0, False, asyncio.Event()
+        self.open, self.working = 0, 0  # the latter without those that only look something up
+        self.draining, self.idle = False, asyncio.Event()
         self.idle.set()
         self._key = None if config.api_key is None else config.api_key.encode()
 
@@ -50,7 +52,9 @@ class Guard:
 
         report: dict[str, str] = {}
         scope[REPORT] = report
+        works = scope["method"] != "GET"
         self.open += 1
+        self.working += works
         self.idle.clear()
         try:
             await self._guarded(scope, receive, noting)
@@ -59,6 +63,7 @@ class Guard:
             raise
         finally:
             self.open -= 1
+            self.working -= works
             if self.open == 0:
                 self.idle.set()
             if scope["path"] in COUNTED and scope["method"] == "POST":
@@ -66,7 +71,7 @@ class Guard:
 
     async def _guarded(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
-            self._admit(dict(scope["headers"]))
+            self._admit(scope["method"], dict(scope["headers"]))
             receive = await self._with_body(receive)
         except Fault as fault:
             return await fault.response()(scope, receive, send)
@@ -76,14 +81,14 @@ class Guard:
         except TimeoutError:  # a call's own time-out came before; so the answer is not taken. The server closes it
             scope[REPORT].setdefault("outcome", "timeout")
 
-    def _admit(self, headers: dict[bytes, bytes]) -> None:
+    def _admit(self, method: str, headers: dict[bytes, bytes]) -> None:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if self._key is not None and not (secrets.compare_digest(given, self._key) and scheme.lower() == b"bearer"):
             what = "not this server's" if given else "none was given; send it as a bearer token"
             raise Fault(401, f"API key: {what}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self.draining:
             raise unavailable("the server is shutting down", "shutting_down")
-        if self.open > 2 * self.config.capacity:
+        if method != "GET" and self.working > 2 * self.config.capacity:
             message = "too many requests are open"
             raise Fault(429, message, kind="rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
         length = headers.get(b"content-length", b"0")
@@ -93,8 +98,9 @@ class Guard:
     async def _with_body(self, receive: Receive) -> Receive:
         """Read the body within its limits; what is returned gives it again, then what follows."""
         body, size, more = bytearray(), 0, True
+        seconds = min(BODY, self.config.timeout)
         try:
-            async with asyncio.timeout(self.config.timeout):
+            async with asyncio.timeout(seconds):
                 while more and size <= self.config.max_body + DISCARD:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -104,7 +110,8 @@ class Guard:
                     if size <= self.config.max_body:
                         body += message.get("body", b"")
         except TimeoutError:
-            raise Fault(408, "the body did not come in time", code="request_timeout") from None
+            late, head = f"the body did not come within {seconds:g} s", {"Connection": "close"}
+            raise Fault(408, late, kind="timeout_error", code="request_timeout", headers=head) from None
         if size > self.config.max_body:
             raise self._too_large()
         first: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]

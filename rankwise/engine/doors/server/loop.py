@@ -136,13 +136,22 @@ class EngineLoop:
             return self._tell([(call, of_engine(self.failure))])
         for index, (prompt, params) in enumerate(jobs):
             try:
+                text = TextStream(self.llm.tokenizer, params.stop, prompt)
+            except Exception as error:  # of the tokenizer, as below
+                log.exception("a prompt has no text; its request was ended")
+                return self._refuse(call, len(jobs) - index, of_engine(error))
+            try:
                 sequence = self.llm.engine.add(prompt, params)
             except RankwiseError as error:
-                self._forget(len(jobs) - index)
-                self._cancel(call)
-                return self._tell([(call, of_input(error))])
-            self._live[sequence] = Live(call, index, TextStream(self.llm.tokenizer, params.stop), now, now)
+                return self._refuse(call, len(jobs) - index, of_input(error))
+            self._live[sequence] = Live(call, index, text, now, now)
         self._publish()
+
+    def _refuse(self, call: Call, left: int, fault: Fault) -> None:
+        """End a call of which so many sequences were not added."""
+        self._forget(left)
+        self._cancel(call)
+        self._tell([(call, fault)])
 
     def _cancel(self, call: Call) -> None:
         for sequence in [sequence for sequence, live in self._live.items() if live.call is call]:
@@ -190,7 +199,8 @@ class EngineLoop:
             ended = sequence.finish_reason if at + 1 == len(sequence.output) else ""
             logprob = sequence.logprobs[at] if sequence.logprobs else None
             text += live.text.finish() if ended else ""
-            pieces.append(Piece(live.index, sequence.output[at], text, offset, logprob, ended, sequence.cached))
+            end = ended, sequence.cached, live.text.stopped
+            pieces.append(Piece(live.index, sequence.output[at], text, offset, logprob, *end))
             if ended:
                 break
         if sequence.finish_reason:

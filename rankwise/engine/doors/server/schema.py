@@ -6,18 +6,17 @@ offered here, are refused unless they ask for nothing.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
-from rankwise.engine.runtime.params import SamplingParams
+from rankwise.engine.runtime.params import COLD, SamplingParams
 
-COLD = 1e-5  # below this temperature the likeliest token is taken; dividing by less leaves the range of fp32
 ASIDE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 SEEDS = 2**63
 
 
 def refuse(param: str, message: str) -> PydanticCustomError:
-    """An error that names its field."""
+    """An error that names its field, of the object that is being read; the message does not name it again."""
     return PydanticCustomError("refused", "{text}", {"param": param, "text": message})
 
 
@@ -33,9 +32,36 @@ StopText = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 class Strict(BaseModel):
-    """No conversions, no unknown fields."""
+    """No conversions, no unknown fields.
+
+    `neutral` are fields that are not offered, with the values, beside null, that ask for nothing; `aside` are fields
+    whose values do not matter.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    aside: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_aside(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, allowed in cls.neutral.items():
+            value = data.get(name)
+            if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
+                raise refuse(name, "not offered by this server; leave it out")
+        return {key: value for key, value in data.items() if key not in cls.neutral and key not in cls.aside}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """With the fields that are taken and have no effect."""
+        whole = handler(core)
+        fields = handler.resolve_ref_schema(whole).setdefault("properties", {})
+        for name, allowed in cls.neutral.items():
+            fields[name] = {"enum": [None, *allowed], "description": "Not offered; what asks for nothing is taken."}
+        fields.update({name: {"description": "Taken, without effect."} for name in cls.aside})
+        return whole
 
 
 class StreamOptions(Strict):
@@ -48,7 +74,8 @@ class StreamOptions(Strict):
 class Sampling(Strict):
     """What both kinds of request have."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"logit_bias": ({},)}
+    neutral = {"logit_bias": ({},)}
+    aside = ASIDE
 
     model: str
     max_tokens: int | None = Field(None, ge=1, le=2**31)
@@ -57,36 +84,19 @@ class Sampling(Strict):
     top_p: float | None = Field(1.0, ge=0, le=1)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    stop: StopText | list[StopText] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS)
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     top_k: int | None = Field(0, ge=-1, le=2**31, description="Extension; 0 and -1: all.")
     min_p: float | None = Field(0.0, ge=0, le=1, description="Extension.")
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=100, description="Extension.")
     ignore_eos: bool | None = Field(False, description="Extension.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _set_aside(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, allowed in cls.neutral.items():
-            if data.get(name) is not None and data[name] not in allowed:
-                raise refuse(name, f"{name}: not offered by this server; leave it out")
-        return {key: value for key, value in data.items() if key not in cls.neutral and key not in ASIDE}
-
-    @field_validator("stop")
-    @classmethod
-    def _few(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > 4:
-            raise refuse("stop", f"stop: {len(stop)} texts; allowed: up to 4")
-        return stop
-
     @model_validator(mode="after")
     def _streams(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options", "stream_options: only with stream")
+            raise refuse("stream_options", "only with stream")
         return self
 
     @property
@@ -115,7 +125,7 @@ class Sampling(Strict):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=temperature if temperature > COLD else 0.0,
+            temperature=temperature,
             top_k=max(0, self.top_k or 0),
             top_p=1.0 if self.top_p is None else max(self.top_p, COLD),
             min_p=self.min_p or 0.0,
@@ -132,10 +142,17 @@ class Sampling(Strict):
 class CompletionRequest(Sampling):
     """Of `/v1/completions`."""
 
-    neutral = Sampling.neutral | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
+    neutral = Sampling.neutral | {"echo": (False,), "suffix": ("",)}
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
+    best_of: int | None = Field(None, ge=1, le=128, description="Only as many as n: none of the answers is left out.")
     logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _all_are_given(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.choices:
+            raise refuse("best_of", f"{self.best_of}, with n {self.choices}; allowed: the same as n")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -160,15 +177,31 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """Of a conversation."""
+    """Of a conversation. Clients send back whole answers, with all the fields that these can have."""
+
+    neutral = {
+        "refusal": ("",),
+        "tool_calls": ([],),
+        "function_call": ({},),
+        "audio": ({},),
+        "annotations": ([],),
+        "reasoning_content": ("",),
+    }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = Field(description="Null, of an assistant alone, is an empty text.")
     name: Text | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise refuse("content", "null; allowed: text")
+        return self
 
     def plain(self) -> dict[str, str]:
         """For a chat template; `developer` is OpenAI's newer word for `system`."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or ""
+        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         named = {} if self.name is None else {"name": self.name}
         return {"role": "system" if self.role == "developer" else self.role, "content": content, **named}
 
@@ -192,16 +225,16 @@ class ChatRequest(Sampling):
     }
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="Or max_tokens.")
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Only with logprobs.")
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise refuse("top_logprobs", "top_logprobs: only with logprobs")
+            raise refuse("top_logprobs", "only with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise refuse("max_tokens", "max_tokens: only one of max_tokens and max_completion_tokens")
+            raise refuse("max_tokens", "only one of max_tokens and max_completion_tokens")
         return self
 
     @property

@@ -28,9 +28,15 @@ class Spelling:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._letters = tokenizer, _byte_letters()
-        self._added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        added = tokenizer.added_tokens_decoder
+        self._added = {token.content for token in added.values()}
+        self._silent = {number for number, token in added.items() if token.special}
         self._byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
         self.bytes = lru_cache(1 << 16)(self._bytes)
+
+    def silent(self, token: int) -> bool:
+        """Whether it is left out of texts: an end of sequence and the like."""
+        return token in self._silent
 
     def text(self, token: int) -> str:
         """As OpenAI writes it: the text, or `bytes:\\x..` where it is no whole text."""
