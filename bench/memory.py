@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rankwise
 from rankwise.anatomy import block_linears
@@ -30,10 +30,17 @@ from rankwise.engine.runtime.llm import LLM
 from rankwise.plan import LayerSpec, RankPlan
 from rankwise.provenance import versions
 from rankwise.storage import Precision
-from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
+from rankwise.zoo import EMBEDDED, load_model, quiet_transformers
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "memory.jsonl"
-PRECISIONS = {"bf16": Precision(), "int4": Precision("int4", 64), "nf4": Precision("nf4"), "int8": Precision("int8")}
+PRECISIONS = {
+    "bf16": Precision(),
+    "int8": Precision("int8"),
+    "int4 by 32": Precision("int4", 32),
+    "int4 by 32, asymmetric": Precision("int4", 32, asymmetric=True),
+    "int4 by 64": Precision("int4", 64),
+    "nf4": Precision("nf4"),
+}
 PROMPT, NEW, LENGTH = 64, 16, 512
 CPU = torch.device("cpu")
 
@@ -75,9 +82,7 @@ def made(model: str, weights: str, work: Path) -> Path:
 
 def measured(folder: Path, kv_tokens: int) -> dict[str, Any]:
     """The child's part."""
-    model, _ = load_model(str(folder))
-    config, dtype = model.config, model_dtype(model)
-    del model
+    config = AutoConfig.from_pretrained(folder)  # a model that was loaded and freed would leave room to be used again
     warm(config)
     spare, tokens = one_more_tokenizer(folder)
     before = held(folder)
@@ -96,7 +101,7 @@ def measured(folder: Path, kv_tokens: int) -> dict[str, Any]:
     others = kv + tokens
     anonymous, mapped = loaded["anonymous"] - before["anonymous"], loaded["mapped"] - before["mapped"]
     return {
-        "dtype": dtype,
+        "dtype": str(config.dtype).removeprefix("torch."),
         "planned": planned,
         "kv": kv,
         "anonymous": anonymous,

@@ -94,6 +94,19 @@ def speculative() -> str:
     )
 
 
+def memory() -> str:
+    """What a load adds, against the plan: a row a precision."""
+    heads = ["weights", "planned, MB", "resident, MB", "apart", "tensors, MB", "highest while loading, GB"]
+    body = []
+    for row in read("cpu/memory.jsonl"):
+        planned, found, held = (f"{row[key] / 1e6:.1f}" for key in ("planned", "weight_bytes", "decoder"))
+        body.append(
+            [row["weights"], planned, found, f"{row['over']:+.1%}", held, f"{row['peak_while_loading'] / 1e9:.2f}"]
+        )
+    first = read("cpu/memory.jsonl")[0]
+    return f"{markdown(heads, body)}\n`{first['model']}`, all layers dense. {versions(first)}.\n"
+
+
 def soak() -> str:
     """How many requests ended, and what was left: a row a run."""
     heads = ["model", "requests", "completed", "given up", "refused (429)", "KV blocks left", "memory, first tenth"]
@@ -109,4 +122,21 @@ def soak() -> str:
         f"{markdown([*heads, 'grown by'], body)}\n{first['together']} requests at once in a queue of "
         f"{first['queue']}, a third of them meant to be given up; memory of the server's process after a tenth of the "
         f"requests, and the most that it grew by afterwards. {versions(first)}.\n"
+    )
+
+
+def overload() -> str:
+    """Latency of accepted requests under one and four times the load: a row a load."""
+    row = read("cpu/overload.jsonl")[-1]
+    heads = ["clients", "completed", "refused (429)", "first token, p50", "p95", "each further token, p50", "p95 "]
+    body = []
+    for name, load in row["loads"].items():
+        clients = row["max_sequences"] * int(name.removesuffix("x"))
+        times = [f"{load['first_token_s'][q]:.2f} s" for q in ("p50", "p95")]
+        times += [f"{1e3 * load['time_per_token_s'][q]:.1f} ms" for q in ("p50", "p95")]
+        body.append([str(clients), *(f"{load['ended'].get(end, 0):,}" for end in ("completed", "refused")), *times])
+    return (
+        f"{markdown(heads, body)}\n`{row['model']}` in {row['dtype']}, {row['device']}, {row['max_sequences']} "
+        f"sequences at once and {row['max_queue']} that wait, prompts of {row['prompt']} tokens, {row['tokens']} new ones, "
+        f"{row['rounds']} rounds in turn; the wait in the queue is part of the first token's time. {versions(row)}.\n"
     )

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from bench.serving_tables import backends, equality, runtime, soak, speculative, vllm
+from bench.serving_tables import backends, equality, memory, overload, runtime, soak, speculative, vllm
 from bench.sheet import ROOT, exists, markdown, read, versions
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -194,7 +194,9 @@ TABLES = {
     "comparison": comparison,
     "equality": equality,
     "estimate": estimate,
+    "memory": memory,
     "methods": methods,
+    "overload": overload,
     "quality": quality,
     "runtime": runtime,
     "soak": soak,
