@@ -30,8 +30,9 @@ test: lint
 bench: setup
 	$(BIN)/python bench/quality.py --train $(TRAIN) --test $(TEST)
 
-# Kernels on this machine's GPU, under ten minutes: correctness, benchmarks, summary. Needs no set-up of its own, only a
-# Python with CUDA's torch, triton, transformers, safetensors and pytest; OUT is a folder for the result file.
+# Kernels and the runtime on this machine's GPU, under ten minutes: correctness, benchmarks, summary. Needs no set-up of
+# its own, only a Python with CUDA's torch, triton, transformers, safetensors, pytest and hypothesis; OUT is a folder for
+# the result file.
 gpu:
 	$(PYTHON) -m bench.gpu.suite $(if $(OUT),--out $(OUT)/gpu.jsonl)
 

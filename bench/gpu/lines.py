@@ -82,6 +82,7 @@ def _cells(row: dict[str, Any]) -> str:
         return f"{row.get('failed') or row.get('left_out')} | | | "
     time, speedup = row["seconds"]["ours"], row["speedup"]
     micro = f"{time['p50'] * 1e6:.2f} ({time['p20'] * 1e6:.2f} to {time['p80'] * 1e6:.2f})"
+    micro += f", {row['rate']:.0f} tokens/s" if "rate" in row else ""
     peers = ", ".join(f"{value:.2f} × {name}" for name, value in speedup.items())
     goals = ", ".join(f"{'met' if goal['met'] else 'missed'}: {told(goal)}" for goal in row["goals"])
     return f"{micro} | {100 * row['bandwidth']:.0f} % | {peers} | {goals}"
@@ -90,7 +91,7 @@ def _cells(row: dict[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Of what decides over speed."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for name in ("triton", "bitsandbytes"):
+    for name in ("triton", "transformers", "bitsandbytes"):
         try:
             found[name] = importlib.import_module(name).__version__
         except Exception as missing:

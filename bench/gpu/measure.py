@@ -68,7 +68,7 @@ def time_work(work: Work, contests: Sequence[Contest]) -> tuple[dict[str, dict[s
         except Exception as problem:
             if name == "ours":
                 raise
-            broken[name] = f"{type(problem).__name__}: {problem}"[:300]
+            broken[name] = told(problem)
     probe = _events(list(runs.values()), 1)
     rounds = max(LEAST_ROUNDS, min(ROUNDS, int(ROUNDS * SLOW / max(SLOW / ROUNDS, sum(map(sum, probe))))))
     times = _events(list(runs.values()), rounds)
@@ -84,12 +84,38 @@ def time_once(call: Call) -> tuple[float, Any]:
     return time.perf_counter() - started, answer
 
 
+def time_peers_once(peers: dict[str, Call]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Seconds of one call of every peer, as `time_work` gives them; and peers that would not run, with the reason."""
+    found: dict[str, dict[str, float]] = {}
+    broken: dict[str, str] = {}
+    for name, call in peers.items():
+        try:
+            found[name] = quantiles([time_once(call)[0]])
+        except Exception as problem:
+            broken[name] = told(problem)
+    return found, broken
+
+
+def told(problem: Exception) -> str:
+    """An error in one line of a result file."""
+    return f"{type(problem).__name__}: {problem}"[:300]
+
+
 def sets_for(work: Work, device: torch.device) -> int:
     """How many sets of inputs outgrow the cache."""
     if not work.cold:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(MOST_SETS, math.ceil(FILL * cache / work.bytes)))
+
+
+def works_still(device: torch.device) -> bool:
+    """Whether the device answers and draws numbers; a capture that failed leaves its generator unable to."""
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.isfinite(torch.randn(8, device=device)).all())
+    except RuntimeError:
+        return False
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

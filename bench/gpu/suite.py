@@ -1,21 +1,26 @@
-"""Everything that a GPU is asked for, in one command: correctness of every kernel, then every benchmark, then a table.
+"""Everything that a GPU is asked for, in one command: correctness of every kernel, benchmarks of kernels and of the
+runtime, then a table.
 
     python -m bench.gpu.suite                        into bench/results/<device>/<date>.jsonl
     python -m bench.gpu.suite --only K1 --only Q1    some lines; ids and families
 
 A line whose answer is wrong is not timed. What does not fit into --minutes is left out and said so. Lines run in a
-process of their own: an error that leaves the device unusable costs one line, and the next process goes on behind it.
+process of their own: one that ends it, hangs, or leaves the device unusable costs itself alone, and the next process
+goes on behind it.
 """
 
 import argparse
 import datetime
+import gc
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +28,9 @@ from typing import Any
 
 import torch
 
+from bench.gpu import measure as timing
 from bench.gpu.lines import Lines, commit, gpu_table, versions
-from bench.gpu.measure import Ceiling, ceiling, error, quantiles, sets_for, time_once, time_work
+from bench.gpu.measure import Ceiling, error, quantiles
 from bench.gpu.tests import check
 from bench.gpu.work import Contest, Goal, Work
 
@@ -32,8 +38,12 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
-    if path.stem not in ("work", "measure", "suite", "lines", "tests")
+    if path.stem not in ("work", "measure", "suite", "lines", "tests", "models")
 )
+SHARES = {"engine": 100.0}  # seconds of a run with all families after which no line of this one starts
+PATIENCE = 150.0  # seconds without a line after which its process is taken to hang
+GRACE = 30.0  # seconds beyond --minutes for the line that was begun in time
+AGAIN = 75  # exit code of a process that leaves the lines behind its last one to another
 
 
 def main() -> None:
@@ -74,30 +84,62 @@ def watch(lines: Lines, todo: list[tuple[str, Work]], until: float, child: Seque
     """
     done = 0
     while done < len(todo):
-        seen = len(lines.rows())
+        seen, late = len(lines.rows()), time.time() > until
         command = [*child, "--start", str(done), "--out", str(lines.path), "--until", str(until)]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
-        done += sum("family" in row for row in lines.rows()[seen:])
-        if done < len(todo):
+        end = {"left_out": "no time"} if late else ended(command, lines.path, until + GRACE)
+        made = sum("family" in row for row in lines.rows()[seen:])
+        done += made
+        end = end or ({} if made else {"failed": "the process ended without a line"})
+        if end and done < len(todo):
             family, work = todo[done]
-            row = {"id": work.id, "name": work.name, "family": family, "failed": f"the process ended with {code}"}
+            row = {"id": work.id, "name": work.name, "family": family, **end}
             lines.write(row)
             print(line(row), flush=True)  # noqa: T201
             done += 1
 
 
+def ended(command: Sequence[str], path: Path, until: float) -> dict[str, str]:
+    """Run a process that adds to a file until it ends, hangs or has to stop.
+
+    Returns:
+        What that says of the line it was at; nothing if it was at none.
+    """
+    run = subprocess.Popen(command, cwd=ROOT)
+    size, heard = 0, time.time()
+    try:
+        while run.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(1)
+            now, before = time.time(), size
+            size = path.stat().st_size if path.exists() else 0
+            heard = now if size != before else heard
+            if now > until:
+                return {"left_out": "no time to end it"}
+            if now - heard > PATIENCE:
+                return {"failed": f"no answer in {PATIENCE:.0f} s"}
+    finally:
+        run.kill()
+        run.wait()
+    return {} if run.returncode in (0, AGAIN) else {"failed": f"the process ended with {run.returncode}"}
+
+
 def measure(lines: Lines, options: argparse.Namespace) -> None:
     """The child's part: lines from `--start`, until one leaves the device unusable."""
     device = torch.device("cuda")
-    top = ceiling(device)
+    top = timing.ceiling(device)
     lines.write({"id": "ceiling", "bandwidth": top.bandwidth, "flops": top.flops})
     print(f"ceiling: {top.bandwidth / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s", flush=True)  # noqa: T201
+    spent: defaultdict[str, float] = defaultdict(float)
     for family, work in works(options.only)[options.start :]:
-        row = {"left_out": "no time"} if time.time() > options.until else guarded(work, device, top)
+        started, share = time.time(), float("inf") if options.only else SHARES.get(family, float("inf"))
+        late = started > options.until or spent[family] > share
+        row = {"left_out": "no time"} if late else guarded(work, device, top)
         row = {"id": work.id, "name": work.name, "family": family, **row}
         lines.write(row)
         print(line(row), flush=True)  # noqa: T201
-        torch.cuda.synchronize()  # raises if the device is lost: the parent goes on with the next line
+        spent[family] += time.time() - started
+        if not timing.works_still(device):
+            os._exit(AGAIN)  # what would be tidied up is lost with the device
 
 
 def works(only: list[str] | None) -> list[tuple[str, Work]]:
@@ -114,30 +156,34 @@ def guarded(work: Work, device: torch.device, top: Ceiling) -> dict[str, Any]:
     except Exception as problem:
         return {"failed": f"{type(problem).__name__}: {problem}"[:500], "trace": traceback.format_exc()[-1500:]}
     finally:
+        gc.collect()  # models and what an error holds on to
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
 
 
 def measured(work: Work, device: torch.device, top: Ceiling) -> dict[str, Any]:
     """Correctness first, then times, then what the goals say."""
-    contests: list[Contest] = [work.build(device) for _ in range(sets_for(work, device))]
+    contests: list[Contest] = [work.build(device) for _ in range(timing.sets_for(work, device))]
     first = contests[0]
-    seconds, answer = time_once(first.ours)
+    seconds, answer = timing.time_once(first.ours)
     wrong = error(answer, first.reference())
     row: dict[str, Any] = {"error": wrong, "tolerance": first.tolerance, "sets": len(contests)}
     if not wrong <= first.tolerance:
         return row | {"failed": "wrong answer, not timed"}
     del answer
-    if work.once:
-        times = {"ours": seconds} | {name: time_once(call)[0] for name, call in first.peers.items()}
-        row |= {"seconds": {name: quantiles([t]) for name, t in times.items()}, "extra_bytes": {}}
+    if first.clock is not None:
+        row |= {"seconds": {name: quantiles(each) for name, each in first.clock().items()}, "extra_bytes": {}}
+    elif work.once:
+        times, row["broken_peers"] = timing.time_peers_once(first.peers)
+        row |= {"seconds": {"ours": quantiles([seconds])} | times, "extra_bytes": {}}
     else:
-        row["seconds"], row["broken_peers"] = time_work(work, contests)
+        row["seconds"], row["broken_peers"] = timing.time_work(work, contests)
         calls = {"ours": first.ours} | first.peers
         row["extra_bytes"] = {name: extra_bytes(calls[name]) for name in row["seconds"]}
     ours = row["seconds"]["ours"]["p50"]
     row |= {"bytes": work.bytes, "flops": work.flops}
     row |= {"bandwidth": work.bytes / ours / top.bandwidth, "compute": work.flops / ours / top.flops}
+    row |= {"rate": work.tokens / ours} if work.tokens else {}
     row["speedup"] = {name: t["p50"] / ours for name, t in row["seconds"].items() if name != "ours"}
     row["goals"] = [judged(goal, row) for goal in work.goals]
     return row
@@ -156,7 +202,8 @@ def extra_bytes(call: Any) -> int:
 def judged(goal: Goal, row: dict[str, Any]) -> dict[str, Any]:
     """A goal with the figure that was reached; peers are named by how they begin."""
     ours = row["seconds"]["ours"]["p50"]
-    figures = {"microseconds": ours * 1e6, "seconds": ours, "bandwidth": row["bandwidth"], "error": row["error"]}
+    figures = {"microseconds": ours * 1e6, "seconds": ours, "rate": row.get("rate")}
+    figures |= {"bandwidth": row["bandwidth"], "error": row["error"]}
     memory = {name: row["extra_bytes"]["ours"] / max(1, extra) for name, extra in row["extra_bytes"].items()}
     peers = {"speedup": row["speedup"], "memory": memory}
     if goal.figure in peers:
@@ -183,7 +230,8 @@ def line(row: dict[str, Any]) -> str:
     ]
     verdict = "missed: " + ", ".join(missed) if missed else "met" if row["goals"] else ""
     shares = f"{100 * row['bandwidth']:3.0f} % bw  {100 * row['compute']:3.0f} % flops"
-    return f"{head} {ours:10.2f} us  {shares}  {peers}  {verdict}"
+    rate = f"{row['rate']:.0f} tokens/s  " if "rate" in row else ""
+    return f"{head} {ours:10.2f} us  {rate}{shares}  {peers}  {verdict}"
 
 
 def parse() -> argparse.Namespace:

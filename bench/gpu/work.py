@@ -18,12 +18,14 @@ class Contest:
         peers: name (with its version where it is a library) to a call that does the same work.
         reference: the answer in fp64, as `ours` returns it; called once, not timed.
         tolerance: of ‖y - reference‖ / ‖reference‖, for ours.
+        clock: seconds of `ours` and of every peer by name, each as often as it was measured; None: calls are timed.
     """
 
     ours: Call
     peers: dict[str, Call]
     reference: Call
     tolerance: float
+    clock: Callable[[], dict[str, list[float]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Goal:
 
     Args:
         figure: `microseconds`, `seconds`, `error`, `bandwidth` (share of the measured ceiling), `speedup` over `peer`,
-            or `memory`: what a call takes beside its inputs, as a multiple of what `peer` takes.
-        at: the bound: at least for speedup and bandwidth, at most for the others.
+            `memory`: what a call takes beside its inputs, as a multiple of what `peer` takes, or `rate`: tokens a
+            second.
+        at: the bound: at least for speedup, bandwidth and rate, at most for the others.
         peer: how its name begins, for `speedup` and `memory`.
     """
 
@@ -57,6 +60,7 @@ class Work:
         cold: rotate over many sets of inputs; False for work that takes milliseconds.
         graph: capture in a CUDA graph; False where the work synchronises.
         once: every call is made once, and that is its time; for what takes many seconds.
+        tokens: that a call makes, where a rate is of interest.
     """
 
     id: str
@@ -68,3 +72,4 @@ class Work:
     cold: bool = True
     graph: bool = True
     once: bool = False
+    tokens: int = 0
