@@ -9,6 +9,7 @@ import torch
 
 from rankwise.engine.runtime.scheduler import Share
 
+ALIGN = 64  # bytes; kernels are compiled for addresses that are multiples of 16 and for others
 HOST_MULTIPLE = 16  # tokens: on a CPU the library keeps compiled code for every number of rows that it has met
 
 
@@ -75,18 +76,39 @@ def make_batch(shares: Many[Share], block_size: int, device: torch.device) -> Ba
     if device.type == "cpu" and decoding < len(shares):
         padding = -len(ids) % HOST_MULTIPLE
         ids, positions, slots = ids + [0] * padding, positions + [0] * padding, slots + [-1] * padding
-
-    def whole(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
+    wide, narrow = [ids, last], [positions, slots, contexts, bounds, [block for table in tables for block in table]]
+    found = placed(wide, narrow, device)
     return Batch(
-        ids=whole(ids, torch.int64),
-        positions=whole(positions),
-        slots=whole(slots),
-        tables=whole(tables),
-        contexts=whole(contexts),
-        bounds=whole(bounds),
+        ids=found[0],
+        positions=found[2],
+        slots=found[3],
+        tables=found[6].view(len(shares), widest),
+        contexts=found[4],
+        bounds=found[5],
         decoding=decoding,
-        last=whole(last, torch.int64),
+        last=found[1],
         longest=max(contexts),
     )
+
+
+def placed(wide: Many[list[int]], narrow: Many[list[int]], device: torch.device) -> list[torch.Tensor]:
+    """Lists as tensors on a device, in one copy: many small ones would take longer than many a step.
+
+    Args:
+        wide: those that become int64; from 0 to 2³¹ - 1.
+        narrow: those that become int32.
+        device: where to.
+
+    Returns:
+        The wide ones, then the narrow ones, each from an address that is a multiple of `ALIGN` bytes on.
+    """
+    flat: list[int] = []
+    begins = []
+    for values, words in (*((values, 2) for values in wide), *((values, 1) for values in narrow)):
+        begins.append(len(flat))
+        flat += values if words == 1 else [half for value in values for half in (value, 0)]  # the low half comes first
+        flat += [0] * (-len(flat) % (ALIGN // 4))
+    there = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    whole = there.view(torch.int64)
+    found = [whole[at // 2 : at // 2 + len(values)] for at, values in zip(begins, wide, strict=False)]
+    return found + [there[at : at + len(values)] for at, values in zip(begins[len(wide) :], narrow, strict=True)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rankwise.engine.runtime import batch as layout
-from rankwise.engine.runtime.batch import Batch, make_batch
+from rankwise.engine.runtime.batch import ALIGN, Batch, make_batch, placed
 from rankwise.engine.runtime.engine import Engine, EngineConfig
 from rankwise.engine.runtime.loader import convert
 from rankwise.engine.runtime.params import SamplingParams
@@ -35,6 +35,15 @@ def test_padding_comes_last_and_writes_nowhere() -> None:
     assert batch.contexts.tolist() == [7, 9, 7]
     assert batch.last.tolist() == [0, 9, 13]
     assert [bounds.tolist() for bounds in batch.several[1:]] == [[0, 9, 13], [9, 7]]
+
+
+def test_all_lists_come_in_one_copy() -> None:
+    wide, narrow = [[2**31 - 1, 7, 0], []], [[-1, 5], list(range(17)), [3]]
+    found = placed(wide, narrow, CPU)
+    assert [tensor.tolist() for tensor in found] == [*wide, *narrow]
+    assert [tensor.dtype for tensor in found] == 2 * [torch.int64] + 3 * [torch.int32]
+    assert {tensor.untyped_storage().data_ptr() for tensor in found} == {found[0].untyped_storage().data_ptr()}
+    assert all(tensor.storage_offset() * tensor.itemsize % ALIGN == 0 for tensor in found)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
