@@ -181,12 +181,16 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and output; default: the model's, at most 8192.", min=2)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
     from rankwise import commands
 
-    commands.generate(model, prompt, max_tokens, temperature, top_p, chat, draft, device, dtype, seed, as_json)
+    where = draft, device, dtype, seed, max_model_len
+    commands.generate(model, prompt, max_tokens, temperature, top_p, chat, *where, as_json)
 
 
 app.command()(benching.bench)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rankwise import bench as speed
-from rankwise import console, drafted
+from rankwise import console, generating
 from rankwise.alloc.methods import METHODS
 from rankwise.alloc.options import own_options
 from rankwise.anatomy import require_context
@@ -19,7 +19,6 @@ from rankwise.distributed import is_main, joined, speaks
 from rankwise.engine.checkpoint import folder_bytes, is_rankwise, open_checkpoint
 from rankwise.engine.checkpoint import verify as verify_checkpoint
 from rankwise.engine.runtime.params import SamplingParams
-from rankwise.errors import RankwiseError
 from rankwise.evaluate import perplexity
 from rankwise.plan import RankPlan
 from rankwise.progress import on_terminal, silent
@@ -115,37 +114,18 @@ def generate(
     device: str,
     dtype: str,
     seed: int,
+    max_model_len: int | None,
     as_json: bool,
 ) -> None:
     """`rankwise generate`."""
-    from transformers import TextStreamer
-
     check_count("max_tokens", max_tokens, 1)
     check("temperature", temperature, 0 <= temperature < float("inf"), "0 or more")
     check("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
     check("prompt", prompt, bool(prompt), "some text")
     check_seed(seed)
-    if draft is not None:
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return drafted.generate(source, draft, prompt, params, chat, device, dtype, as_json)
-    model, tokenizer = load_model(source, dtype, device)
-    if chat and not tokenizer.chat_template:
-        raise RankwiseError("chat", source, "its tokenizer has no chat template; leave --chat out")
-    torch.manual_seed(seed)
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chat else prompt
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    length = inputs["input_ids"].shape[1] + max_tokens
-    require_context(model, length, "prompt and max_tokens")
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    out = model.generate(**inputs, max_new_tokens=max_tokens, streamer=streamer, **sampling)
-    new = out[0, inputs["input_ids"].shape[1] :]
-    if as_json:
-        completion = tokenizer.decode(new, skip_special_tokens=True)
-        console.print_json({"prompt": prompt, "completion": completion, "tokens": len(new)})
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    where: dict[str, Any] = {"draft": draft, "chat": chat, "max_model_len": max_model_len}
+    generating.generate(source, prompt, params, **where, device=device, dtype=dtype, as_json=as_json)
 
 
 def demo(out: Path, ratio: float, as_json: bool) -> None:

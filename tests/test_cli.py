@@ -26,7 +26,7 @@ COMMANDS = {
     "compress": ["--out", "--ratio", "--method", "--kinds", "--calibration", "--curvature", "--plan", "--restart"],
     "inspect": ["--verify", "--json"],
     "eval": ["--against", "--text", "--windows", "--seq-len", "--device", "--dtype", "--json"],
-    "generate": ["--max-tokens", "--temperature", "--top-p", "--chat", "--seed", "--json"],
+    "generate": ["--max-tokens", "--temperature", "--top-p", "--chat", "--seed", "--max-model-len", "--json"],
     "bench": ["--against", "--engine", "--prompt", "--new-tokens", "--batch", "--load", "--mix", "--out", "--json"],
     "serve": ["--host", "--port", "--name", "--api-key", "--max-queue", "--timeout", "--grace", "--json"],
     "report": ["--out", "--against", "--beside", "--speed", "--json"],
