@@ -11,6 +11,7 @@ are not made again; rows go to bench/results/cpu/tradeoff.jsonl.
 import argparse
 import copy
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from rankwise.candidates import Candidate
 from rankwise.compression import plan_bytes
 from rankwise.config import CompressConfig
 from rankwise.evaluate import perplexity
+from rankwise.files import sha256
 from rankwise.pipeline import compress
 from rankwise.plan import KINDS, RankPlan
 from rankwise.progress import on_terminal
@@ -49,9 +51,12 @@ from rankwise.zoo import EMBEDDED, load_model, model_dtype, quiet_transformers
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES = 3
 CHANNELS = 64  # widths of MLPs are multiples of it, where they may lose channels
-SHARES = (0.5, 0.4, 0.3, 0.25, 0.22, 0.2)
+SHARES = (0.5, 0.4, 0.35, 0.3, 0.27, 0.25, 0.22, 0.2)
 BF16 = 16  # bits
-UNIFORM = Precision("int4", 64)  # of ranks that were chosen without it
+PLAIN = ("dense", "lowrank")
+UNIFORM = (Precision("int8"), Precision("int4", 64))  # of ranks that were chosen without them
+NEAREST = (Precision("nf4"), Precision("int4", 32), Precision("int4", 32, asymmetric=True), Precision("int4", 64))
+ALONE = (Precision("int8"), *NEAREST, Precision("int4", 64, asymmetric=True))
 
 
 Made = RankPlan | Candidate | None  # None: the dense model, or a row that is not measured
@@ -86,6 +91,11 @@ class Bench:
         return self.store.shapes
 
     @property
+    def moments(self) -> str:
+        """Digits that stand for the sums of the first block: rows are compared only if all saw the same."""
+        return sha256(min((self.folder / "curvature").rglob("*.safetensors")))[:12]
+
+    @property
     def dense_bytes(self) -> int:
         """Of the linear layers in bf16."""
         return sum(2 * m * n for m, n in self.shapes.values())
@@ -114,13 +124,13 @@ class Bench:
         rounded = self.folder / "rounded"
         return Rounder(self.curvature, blocks, rounded, lambda n: weight_of(dense(n)), held_out=self.held_out)
 
-    def on_top(self, share: float, kinds: tuple[str, ...]) -> RankPlan | None:
-        """Ranks for bf16, all numbers rounded alike afterwards; None where that needs no ranks."""
-        ratio = share * BF16 / (8 * self.alone(UNIFORM).bytes / sum(m * n for m, n in self.shapes.values()))
-        if ratio >= 1:
+    def on_top(self, share: float, precision: Precision) -> RankPlan | None:
+        """Ranks for bf16, all numbers rounded alike afterwards; None where that needs no ranks, or would cost half."""
+        ratio = share * BF16 / (8 * self.alone(precision).bytes / sum(m * n for m, n in self.shapes.values()))
+        if not 0.5 < ratio < 1:
             return None
-        method = Global(ratio=ratio, kinds=kinds, rank_multiple=UNIFORM.block, tolerance=0.01)
-        return method.allocate(self.store, "bf16").stored_as(UNIFORM)
+        method = Global(ratio=ratio, kinds=PLAIN, rank_multiple=max(8, precision.block), tolerance=0.01)
+        return method.allocate(self.store, "bf16").stored_as(precision)
 
     def measure(self, made: Made, rounding: str, tests: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Carry a plan out and test it."""
@@ -149,16 +159,18 @@ def rows() -> list[Row]:
     """All of them; a row whose plan is None but for the dense model is not measured."""
     bf16 = (Precision("bf16"),)
     found: list[Row] = [("dense", None, lambda b: None, "")]
-    found += [("nf4, nearest", None, lambda b: b.alone(Precision("nf4")), "nearest")]
-    found += [("int4 by 64, nearest", None, lambda b: b.alone(Precision("int4", 64)), "nearest")]
-    for precision in (Precision("int8"), Precision("int4", 32), Precision("nf4"), Precision("int4", 64)):
+    for precision in NEAREST:
+        found += [(f"{precision}, nearest", None, lambda b, p=precision: b.alone(p), "nearest")]
+    for precision in ALONE:
         found += [(str(precision), None, lambda b, p=precision: b.alone(p), "feedback")]
     for share in SHARES:
         found += [("chosen together", share, lambda b, s=share: b.tried(s), "feedback")]
         found += [("chosen together, channels too", share, lambda b, s=share: b.tried(s, CHANNELS), "feedback")]
         found += [("pivot and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16), "")]
-        found += [("lowrank and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16, ("dense", "lowrank")), "")]
-        found += [("ranks, then int4 by 64", share, lambda b, s=share: b.on_top(s, ("dense", "lowrank")), "feedback")]
+        found += [("lowrank and dense, bf16", share, lambda b, s=share: b.chosen(s, bf16, PLAIN), "")]
+        for precision in UNIFORM:
+            name = f"ranks, then {precision}"
+            found += [(name, share, lambda b, s=share, p=precision: b.on_top(s, p), "feedback")]
     return found
 
 
@@ -171,8 +183,12 @@ def main() -> None:
         rotate(model)
         model = model.bfloat16()
     facts = identity(options)
-    there = {(row["name"], row["asked"]) for row in kept_rows(options.out, facts) if row["plain"] == options.plain}
+    before = [row for row in kept_rows(options.out, facts) if row["plain"] == options.plain]
     bench = prepare(model, tokenizer, options)
+    facts |= {"moments": bench.moments}
+    if any(row.get("moments") != bench.moments for row in before):
+        sys.exit(f"{options.out} holds rows of other moments than those in {bench.folder}: give --out, or remove it")
+    there = {(row["name"], row["asked"]) for row in before}
     tests = {domain: test_windows(domain, options, tokenizer) for domain in ("wikitext2", "c4")}
     for name, share, make, rounding in rows():
         if (name, share) in there or not wanted(name, share, options):
@@ -205,7 +221,7 @@ def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
 
 def wanted(name: str, share: float | None, options: argparse.Namespace) -> bool:
     """Whether this command measures a row."""
-    named = not options.only or any(part in name for part in options.only)
+    named = not options.only or any(part == f"={name}" or part in name for part in options.only)
     return named and (share is None or not options.at or share in options.at)
 
 
@@ -224,7 +240,9 @@ def parse() -> argparse.Namespace:
     add_text_options(parser)
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--plain", action="store_true", help="the model as it comes, not rotated")
-    parser.add_argument("--only", action="append", help="the rows whose name contains this; repeatable")
+    parser.add_argument(
+        "--only", action="append", help="the rows whose name contains this, or is it after =; repeatable"
+    )
     parser.add_argument("--at", action="append", type=float, help="the rows of this size; repeatable")
     parser.add_argument("--samples", type=int, default=64, help="windows for the input moments")
     parser.add_argument("--gradient-samples", type=int, default=24, help="windows for the output gradients")
