@@ -48,23 +48,26 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 1,
 }
 LLAMA_LIKE = COMMON | {"intermediate_size": 48, "num_key_value_heads": 2}
+LAYER_TYPES = ["sliding_attention", "full_attention"]  # each with angles of its own
 GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**LLAMA_LIKE, head_dim=8, sliding_window=16),
     "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
     "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=16),
-    "gemma3": lambda: Gemma3TextConfig(**LLAMA_LIKE, head_dim=16, sliding_window=16, layer_types=None),
+    "gemma3": lambda: Gemma3TextConfig(**LLAMA_LIKE, head_dim=16, sliding_window=16, layer_types=LAYER_TYPES),
     "phi3": lambda: Phi3Config(**LLAMA_LIKE),
     "opt": lambda: OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32),
     "gpt2": lambda: GPT2Config(**GPT2_SIZES, bos_token_id=0, eos_token_id=1, pad_token_id=1),
 }
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A random model; every bias and norm weight is random too, so that a lost one shows."""
+def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Any:
+    """A random model; every bias and norm weight is random too, so that a lost one shows. `more`: of its config."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype).eval().requires_grad_(False)
+    config = CONFIGS[family]()
+    config = type(config).from_dict(config.to_dict() | more) if more else config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fourbit import random_layer
 from scipy.stats import chisquare
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from rankwise.engine.layers import LowRankLinear, PivotLinear, build_layer
 from rankwise.engine.runtime.engine import Engine, EngineConfig
@@ -17,6 +17,7 @@ from rankwise.engine.runtime.loader import convert
 from rankwise.engine.runtime.params import SamplingParams
 from rankwise.errors import RankwiseError
 from rankwise.plan import LayerSpec
+from rankwise.storage import Precision
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3"]
 NEW = 16
@@ -65,6 +66,30 @@ def compressed(model: Any) -> Any:
     return model
 
 
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_key_value_heads": 4, "head_dim": 32}  # groups fit in it
+STORED = [Precision("fp32"), Precision("int4", 32), Precision("nf4"), Precision("int8")]
+
+
+def coded(model: Any) -> Any:
+    """The same three kinds, each in 32, 8 and 4 bits; random codes, in place."""
+    generator = torch.Generator().manual_seed(3)
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
+    specs = []
+    for at, (name, old) in enumerate(linears):
+        kind, precision, (m, n) = ("lowrank", "pivot", "dense")[at % 3], STORED[at % 4], old.weight.shape
+        specs.append(LayerSpec(kind, m, n, min(m, n) if kind == "dense" else 64, "fp32").stored_as(precision))
+        model.set_submodule(name, random_layer(specs[-1], old.bias is not None, torch.float32, generator))
+    assert len({(spec.kind, spec.precision) for spec in specs}) == 12
+    return model
+
+
+KINDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "dense": (lambda model: model, {}),
+    "mixed kinds": (compressed, {}),
+    "mixed precisions": (coded, WIDE),
+}
+
+
 def engine(model: Any, **options: Any) -> Engine:
     """Small blocks, small steps, room for a few sequences: everything that can happen does."""
     return Engine(
@@ -81,33 +106,66 @@ def finish(running: Engine) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mixed", [False, True], ids=["dense", "mixed kinds"])
-def test_greedy_tokens_are_those_of_transformers(tiny: Callable[..., Any], family: str, mixed: bool) -> None:
-    """Under chunked prefill, preemption, shared prefixes and cancellation."""
-    reference, model = (compressed(tiny(family)) if mixed else tiny(family) for _ in range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_those_of_transformers(
+    tiny: Callable[..., Any], family: str, kind: str, cancelling: Callable[..., None]
+) -> None:
+    """Under chunked prefill, preemption, shared prefixes and cancellation, within windows and beyond."""
+    change, more = KINDS[kind]
+    reference, model = (change(tiny(family, **more)) for _ in range(2))
     running, many = engine(model, blocks=90, most_length=110), prompts(64)
     long = replace(GREEDY, max_tokens=64)
-    sequences = [running.add(prompt, long) for prompt in many]
-    victims = [running.add(prompt, long) for prompt in prompts(4)]
-    for number, _ in enumerate(running.run()):
-        if number in (2, 9, 30):
-            running.cancel(victims[number % 4])
+    decoding, reading = (running.add(prompt, long) for prompt in (many[3], prompts(3, 80)[1][:40]))
+    sequences = [running.add(prompt, long) for prompt in many[:12]]
+    back = running.add(many[9], long)
+    sequences += [running.add(prompt, long) for prompt in many[12:]]
+    waiting = running.add(many[6], long)
+    victims = {"waiting": waiting, "reading": reading, "decoding": decoding, "put back": back}
+    cancelling(running, victims)
     assert all(follows(reference, s.prompt, s.output) and len(s.output) == 64 for s in sequences)
+    assert all(s.output and follows(reference, s.prompt, s.output) for s in (decoding, back))
     some = min(sequences, key=lambda s: len(s.prompt))
     assert some.output[:NEW] == by_transformers(reference, some.prompt)
     assert sum(sequence.preempted for sequence in sequences) > 0
     assert sum(sequence.cached for sequence in sequences) > 0
-    assert {victim.finish_reason for victim in victims} == {"cancelled", "length"}
     finish(running)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_codes_in_bf16_are_as_near_to_fp32_as_transformers_is(tiny: Callable[..., Any], family: str) -> None:
+    """In fp32 a CPU unpacks them; here they are multiplied as they are stored."""
+    model, theirs, exact = (coded(tiny(family, **WIDE)).to(torch.bfloat16) for _ in range(3))
+    running, exact = engine(model, blocks=90, most_length=110), exact.float()
+    sequences = [running.add(prompt, replace(GREEDY, max_tokens=32, logprobs=0)) for prompt in prompts(16)]
+    finish(running)
+    errors = []
+    for sequence in sequences:
+        whole, start = torch.tensor([sequence.prompt + sequence.output]), len(sequence.prompt) - 1
+        with torch.inference_mode():
+            wanted, low = (m(whole).logits[0, start:-1].float().log_softmax(-1) for m in (exact, theirs))
+        tokens = whole[0, start + 1 :, None]
+        found = torch.tensor([each.chosen for each in sequence.logprobs])[:, None]
+        errors.append([float((each - wanted.gather(1, tokens)).abs().sum()) for each in (found, low.gather(1, tokens))])
+    ours, others = torch.tensor(errors).sum(0).tolist()
+    assert 0 < ours <= 1.2 * others
+    assert others < 0.1 * 16 * 32
+
+
+@pytest.mark.parametrize("tight", [False, True], ids=["roomy", "tight"])
 @pytest.mark.parametrize("batch", [1, 2, 7, 32])
-def test_the_size_of_the_batch_does_not_matter(tiny: Callable[..., Any], batch: int) -> None:
+def test_the_size_of_the_batch_does_not_matter(tiny: Callable[..., Any], batch: int, tight: bool) -> None:
+    """Nor does it where all start together and not all may stay; one alone never has to go."""
     reference, many = tiny("qwen3"), prompts(32)[:batch]
-    running = engine(tiny("qwen3"), blocks=1000, most_tokens=512)
+    most = sum(-(-len(prompt) // 4) for prompt in many) + batch
+    blocks = max(most, -(-(len(many[0]) + NEW) // 4)) if tight else 1000
+    running, sizes = engine(tiny("qwen3"), blocks=blocks, most_tokens=1024), []
     sequences = [running.add(prompt, GREEDY) for prompt in many]
+    for _ in running.run():
+        sizes.append(len(running.scheduler.running))
     finish(running)
     assert [sequence.output for sequence in sequences] == [by_transformers(reference, prompt) for prompt in many]
+    assert max(sizes) == batch
+    assert any(sequence.preempted for sequence in sequences) == (tight and batch > 1)
 
 
 def test_requests_that_come_while_others_run(tiny: Callable[..., Any]) -> None:
@@ -231,25 +289,62 @@ def test_other_families_are_refused(tiny: Callable[..., Any]) -> None:
         convert(tiny("gpt2"), 64)
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
-def test_rotary_scalings(tiny: Callable[..., Any], kind: str) -> None:
-    more = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}
-    config = tiny("llama").config
-    config.rope_parameters = {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0} | more.get(kind, {})
-    torch.manual_seed(0)
-    reference = LlamaForCausalLM(config).eval()
-    for parameter in reference.parameters():
-        parameter.data *= 4
-    model = LlamaForCausalLM(config).eval()
-    model.load_state_dict(reference.state_dict())
-    running = engine(model)
-    sequences = [running.add(prompt, GREEDY) for prompt in prompts(3)]
+@torch.inference_mode()
+def is_what_transformers_says(model: Any, reference: Any) -> None:
+    """Tokens and their log-probabilities, for prompts of up to 60 tokens in chunks, some of which begin alike."""
+    running, params = engine(model), replace(GREEDY, logprobs=0)
+    sequences = [running.add(prompt, params) for prompt in [*prompts(4), *prompts(6, 60)]]
     finish(running)
-    assert [s.output for s in sequences] == [by_transformers(reference, prompt) for prompt in prompts(3)]
+    assert max(len(sequence.prompt) for sequence in sequences) > 40
+    for sequence in sequences:
+        logits = reference(torch.tensor([sequence.prompt + sequence.output])).logits[0, len(sequence.prompt) - 1 : -1]
+        best, tokens = logits.log_softmax(-1).max(-1)
+        assert sequence.output == tokens.tolist()
+        assert [each.chosen for each in sequence.logprobs] == pytest.approx(best.tolist(), abs=1e-4)
 
 
-def test_angles_that_depend_on_the_length_are_refused(tiny: Callable[..., Any]) -> None:
-    model = tiny("llama")
-    model.model.rotary_emb.rope_type = "dynamic"
-    with pytest.raises(RankwiseError, match="rope_type: dynamic; allowed: default"):
-        convert(model, 64)
+SLIDING = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
+FAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, heads turned in part": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    ),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "qwen2, windows": ("qwen2", SLIDING),
+    "qwen3, windows and biases": ("qwen3", SLIDING | {"attention_bias": True}),
+    "gemma3, far angles scaled": (
+        "gemma3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": FAR}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "settings"), SETTINGS.values(), ids=SETTINGS)
+def test_what_a_config_may_ask_for(tiny: Callable[..., Any], family: str, settings: dict[str, Any]) -> None:
+    is_what_transformers_says(tiny(family, **settings), tiny(family, **settings))
+
+
+SHORT = {"original_max_position_embeddings": 32}
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "llama3": SHORT | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": SHORT,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_rotary_scalings(tiny: Callable[..., Any], family: str, kind: str) -> None:
+    """Within the length that they scale and beyond."""
+    rope = {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0} | SCALINGS[kind]
+    is_what_transformers_says(*(tiny(family, rope_parameters=rope) for _ in range(2)))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_length_are_refused(tiny: Callable[..., Any], kind: str) -> None:
+    factors = {"long_factor": [1.0] * 4, "short_factor": [1.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0} | SHORT | factors
+    with pytest.raises(RankwiseError, match=rf"rope_type:? {kind}; allowed: .*default, linear, llama3, yarn"):
+        convert(tiny("llama", rope_parameters=rope), 64)

@@ -28,12 +28,13 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 CONFIGS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**SIZES, attention_bias=True),
+    "llama": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=16),
-    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, layer_types=LAYER_TYPES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
-    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=16, layer_types=None),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=16, layer_types=LAYER_TYPES),
 }
 OPTIONS = EngineConfig(blocks=60, block_size=4, most_tokens=16, most_length=80)
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

@@ -1,5 +1,6 @@
 """With a draft the engine says what it says without one, whatever the draft is worth and whatever else goes on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,22 +32,26 @@ def written(running: Engine, tokens: list[int]) -> tuple[int, list[torch.Tensor]
 @pytest.mark.parametrize(
     ("family", "kind"), [*(("llama", kind) for kind in DRAFTS), ("mistral", "near"), ("gemma3", "compressed")]
 )
-def test_greedy_tokens_are_those_of_the_model_alone(tiny: Make, family: str, kind: str) -> None:
+def test_greedy_tokens_are_those_of_the_model_alone(
+    tiny: Make, family: str, kind: str, cancelling: Callable[..., None]
+) -> None:
     """Under chunked prefill, preemption, shared prefixes and cancellation."""
     alone = make_engine(tiny, family=family, blocks=200)
     wanted = outputs(alone, count=14)
     running = make_engine(tiny, kind, family)
-    sequences = [running.add(prompt, GREEDY) for prompt in prompts(14)]
-    victims = [running.add(prompt, GREEDY) for prompt in prompts(4)]
-    for number, _ in enumerate(running.run()):
-        check(running)
-        if number in (2, 9, 20):
-            running.cancel(victims[number % 4])
+    many = prompts(14)
+    decoding, reading = (running.add(prompt, GREEDY) for prompt in (many[3], prompts(3, 80)[1][:40]))
+    sequences = [running.add(prompt, GREEDY) for prompt in many[:4]]
+    back = running.add(many[9], GREEDY)
+    sequences += [running.add(prompt, GREEDY) for prompt in many[4:]]
+    waiting = running.add(many[6], GREEDY)
+    cancelling(running, {"waiting": waiting, "reading": reading, "decoding": decoding, "put back": back}, check)
     finish(running)
     assert [sequence.output for sequence in sequences] == wanted
     assert sum(sequence.preempted for sequence in sequences) > 0
     assert sum(sequence.cached for sequence in sequences) > 0
-    assert "cancelled" in {victim.finish_reason for victim in victims}
+    assert decoding.output == wanted[3][: len(decoding.output)]
+    assert back.output == wanted[9][: len(back.output)]
     tally = running.speculation
     assert tally is not None
     assert tally.checks > 10
