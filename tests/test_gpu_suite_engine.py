@@ -127,7 +127,8 @@ def test_logits_are_of_steps_that_decode() -> None:
 def test_only_steps_that_decode_are_timed() -> None:
     contest = decoding()
     assert contest.clock is not None
-    steps = contest.clock()
+    steps, broken = contest.clock()
+    assert not broken
     assert set(steps) >= {"ours", "own dense"}
     assert {len(steps[name]) for name in ("ours", "own dense")} == {engine.ROUNDS * (engine.NEW - 1)}
 
@@ -138,8 +139,25 @@ def test_competitors_take_turns_after_a_round_that_does_not_count() -> None:
     def run(name: str) -> Callable[[], list[float]]:
         return lambda: seen.append(name) or [float(len(seen))]  # type: ignore[func-returns-value]
 
-    assert engine.in_turn({"a": run("a"), "b": run("b")}, rounds=2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    runs = {"ours": run("a"), "b": run("b"), "bad": lambda: [[][0]]}  # type: ignore[dict-item]
+    times, broken = engine.in_turn(runs, rounds=2)
+    assert times == {"ours": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert broken == {"bad": "IndexError: list index out of range"}
     assert seen == ["a", "b"] * 3
+    with pytest.raises(IndexError):
+        engine.in_turn({"ours": runs["bad"]})
+
+
+@pytest.mark.usefixtures("graphed")
+def test_a_peer_that_cannot_be_made_does_not_cost_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(engine, "peer", refused)
+    (work,) = [work for work in WORKS if work.id == "E1"]
+    row = suite.measured(work, torch.device(DEVICE), TOP)
+    assert list(row["broken_peers"].values()) == ["RuntimeError: no room"]
+    assert row["goals"][0]["reached"] is not None
 
 
 def test_a_step_without_a_graph_is_an_error_on_a_gpu() -> None:

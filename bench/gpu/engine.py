@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.gpu.models import Kind, Shape, llama, specs
-from bench.gpu.work import Contest, Goal, Work
+from bench.gpu.work import Contest, Goal, Work, built, reason
 from rankwise.engine.runtime.batch import Batch
 from rankwise.engine.runtime.engine import Engine, EngineConfig
 from rankwise.engine.runtime.graphs import Graphs
@@ -75,7 +75,7 @@ def tokens(shape: Shape, name: str, kinds: Sequence[Kind], count: int = 8, new: 
             require_graphs(running)
             return torch.tensor([sequence.output for sequence in sequences], device=device)
 
-        return Contest(ours, {}, lambda: expected, 0.0, lambda: {"ours": [timed(ours)]})
+        return Contest(ours, {}, lambda: expected, 0.0, lambda: ({"ours": [timed(ours)]}, {}))
 
     size = new * sum(spec.bytes for spec in specs(shape, kinds, torch.float32).values())
     title = f"greedy tokens are transformers', {name}: {count} x {new}, fp32"
@@ -98,11 +98,8 @@ def decoding(id_: str, shape: Shape, kind: Kind, count: int, peers: Sequence[str
         if isinstance(running.forward, Graphs):
             runs["its graph alone"] = partial(replays, running.forward, count)
         for name in peers:
-            other = llama(shape, [DENSE], device, dtype, LONGEST)
-            if name == "own dense":
-                runs[name] = partial(steps, engine_of(other, count), prompts.tolist())
-            else:
-                runs[f"{name} {version(name)} generate, dense"] = partial(peer_steps, other, prompts[0].tolist())
+            title = name if name == "own dense" else f"{name} {version(name)} generate, dense"
+            runs[title] = built(partial(peer, name, shape, prompts, device, dtype))
         ours = partial(last_logits, running, start.tolist())
         return Contest(ours, {}, lambda: expected, TOLERANCE, partial(in_turn, runs))
 
@@ -114,6 +111,14 @@ def decoding(id_: str, shape: Shape, kind: Kind, count: int, peers: Sequence[str
     flops = 2 * count * (numbers + shape.vocabulary * shape.hidden)
     title = f"batch {count}, {kind}, {100 * numbers / dense:.1f} % kept, {shape.layers} blocks of {shape.hidden}, bf16"
     return Work(id_, title, build, moved, flops, goals, cold=False, graph=False, tokens=count)
+
+
+def peer(name: str, shape: Shape, prompts: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Run:
+    """Steps of a dense model, by our engine or, of one sequence, by transformers."""
+    model = llama(shape, [DENSE], device, dtype, LONGEST)
+    if name == "own dense":
+        return partial(steps, engine_of(model, len(prompts)), prompts.tolist())
+    return partial(peer_steps, model, prompts[0].tolist())
 
 
 def engine_of(model: Any, count: int) -> Engine:
@@ -215,11 +220,22 @@ def peer_steps(model: Any, prompt: list[int]) -> list[float]:
     return generated(model, prompt, PEER_NEW)[1]
 
 
-def in_turn(runs: dict[str, Run], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of every step of all rounds; the competitors take turns, after one round that does not count."""
+def in_turn(runs: dict[str, Run], rounds: int = ROUNDS) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every step of all rounds; and peers that would not run, with the reason.
+
+    The competitors take turns, after one round that does not count.
+    """
     found: dict[str, list[float]] = {name: [] for name in runs}
+    broken: dict[str, str] = {}
     for number in range(rounds + 1):
-        for name, run in runs.items():
-            seconds = run()
-            found[name] += seconds if number else []
-    return found
+        for name in list(found):
+            try:
+                seconds = runs[name]()
+            except Exception as problem:
+                if name == "ours":
+                    raise
+                broken[name] = reason(problem)
+                del found[name]
+            else:
+                found[name] += seconds if number else []
+    return found, broken

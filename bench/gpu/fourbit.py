@@ -1,19 +1,18 @@
 """4-bit products at decode: int4 dense against bitsandbytes' NF4 (Q1), a low-rank pair in int4 (Q2), nf4 itself."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from bench.gpu.work import Call, Contest, Goal, Work
+from bench.gpu.work import Call, Contest, Goal, Work, built
 from rankwise.kernels.fragments import Fragments
 from rankwise.kernels.int4 import dequantize_int4, int4_linear, int4_lowrank, quantize_int4, repack_int4
 from rankwise.kernels.nf4 import dequantize_nf4, nf4_linear, quantize_nf4, repack_nf4
 
 try:
     import bitsandbytes
-except ImportError:
+except Exception:  # a build for another CUDA says so in many ways
     bitsandbytes = None
 
 TOLERANCE = 1e-2  # bf16 in and out, and levels of nf4 in bf16
@@ -118,9 +117,13 @@ def _lowrank(x: torch.Tensor, packed: Sequence[Fragments], overlap: bool) -> Cal
     return lambda: int4_lowrank(x, packed[0], packed[1], overlap=overlap)
 
 
-def _bitsandbytes(x: torch.Tensor, w: torch.Tensor) -> dict[str, Any]:
+def _bitsandbytes(x: torch.Tensor, w: torch.Tensor) -> dict[str, Call]:
     """Its own product with the same matrix in NF4, which is another grid of numbers: timed, not judged."""
     if bitsandbytes is None or not x.is_cuda:
         return {}
-    packed, state = bitsandbytes.functional.quantize_4bit(w.to(x.dtype), blocksize=64, quant_type="nf4")
-    return {_peer_name(): lambda: bitsandbytes.matmul_4bit(x, packed.t(), state)}
+
+    def make() -> Call:
+        packed, state = bitsandbytes.functional.quantize_4bit(w.to(x.dtype), blocksize=64, quant_type="nf4")
+        return lambda: bitsandbytes.matmul_4bit(x, packed.t(), state)
+
+    return {_peer_name(): built(make)}

@@ -48,7 +48,13 @@ class Lines:
         tests = [row for row in self.rows() if row["id"] == "tests"][-1:]
         failed += [f"tests: {row['summary']}" for row in tests if row["exit"] != 0]
         left = [f"{row['id']} {row['name']}" for row in latest if row.get("left_out")]
-        return {"met": sum(goal["met"] for _, goal in goals), "missed": missed, "failed": failed, "left_out": left}
+        broken = [
+            f"{row['id']} {row['name']}: {peer}: {why}"
+            for row in latest
+            for peer, why in row.get("broken_peers", {}).items()
+        ]
+        met = sum(goal["met"] for _, goal in goals)
+        return {"met": met, "missed": missed, "failed": failed, "broken_peers": broken, "left_out": left}
 
 
 def last(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -59,7 +65,14 @@ def last(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def told(goal: dict[str, Any]) -> str:
     """A goal with what was reached."""
     reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.3g}"
+    reached += " ({:.3g} to {:.3g})".format(*goal["spread"]) if "spread" in goal else ""
     return " ".join(filter(None, (goal["figure"], goal["peer"], reached, "for", f"{goal['goal']:g}")))
+
+
+def beside(row: dict[str, Any]) -> list[str]:
+    """Every peer with our speed-up over it, or why it did not run."""
+    found = [f"{value:.2f} × {name}" for name, value in row["speedup"].items()]
+    return found + [f"{name} broken ({why[:80]})" for name, why in row.get("broken_peers", {}).items()]
 
 
 def gpu_table(rows: list[dict[str, Any]]) -> str:
@@ -80,10 +93,11 @@ def gpu_table(rows: list[dict[str, Any]]) -> str:
 def _cells(row: dict[str, Any]) -> str:
     if "seconds" not in row:
         return f"{row.get('failed') or row.get('left_out')} | | | "
-    time, speedup = row["seconds"]["ours"], row["speedup"]
+    time = row["seconds"]["ours"]
     micro = f"{time['p50'] * 1e6:.2f} ({time['p20'] * 1e6:.2f} to {time['p80'] * 1e6:.2f})"
     micro += f", {row['rate']:.0f} tokens/s" if "rate" in row else ""
-    peers = ", ".join(f"{value:.2f} × {name}" for name, value in speedup.items())
+    micro += ", warm" if row.get("warm") else ""
+    peers = ", ".join(beside(row)).replace("|", "/")
     goals = ", ".join(f"{'met' if goal['met'] else 'missed'}: {told(goal)}" for goal in row["goals"])
     return f"{micro} | {100 * row['bandwidth']:.0f} % | {peers} | {goals}"
 

@@ -1,7 +1,8 @@
 """How a contest is timed on a GPU: calls captured in CUDA graphs, on inputs that are not in the cache, in turn.
 
-Each competitor gets one graph with a call on every set of inputs; the graphs are replayed in turn, so that a change of
-clocks hits all of them alike. A time is that of a replay over its number of calls.
+Each competitor gets one graph with calls on every set of inputs; the graphs are replayed in turn, so that a change of
+clocks hits all of them alike. A time is that of a replay over its number of calls. What ours wrote in its graph is
+compared with the exact answers before.
 """
 
 import math
@@ -12,13 +13,15 @@ from typing import Any
 
 import torch
 
-from bench.gpu.work import Call, Contest, Work
+from bench.gpu.work import Call, Contest, Work, reason
 
 ROUNDS = 60
 SLOW = 0.01  # seconds; calls that take longer are timed fewer times
 LEAST_ROUNDS = 5
+LONG = 0.2  # seconds; calls that take longer are timed once
 FILL = 3  # times the L2 cache that all sets of inputs together outgrow
-MOST_SETS = 48
+MOST_SETS = 48  # too few for small works, which stay in the cache: `is_warm`
+CALLS = 32  # of a graph at least, in which start and end of a replay weigh little
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,29 @@ def time_work(work: Work, contests: Sequence[Contest]) -> tuple[dict[str, dict[s
     Args:
         work: what is timed.
         contests: on different inputs, taken in turn.
+
+    Raises:
+        ArithmeticError: our graph writes a wrong answer.
     """
-    calls = {"ours": [contest.ours for contest in contests]}
-    calls |= {name: [contest.peers[name] for contest in contests] for name in contests[0].peers}
+    passes = math.ceil(CALLS / len(contests)) if work.graph and work.cold else 1
+    found: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {}
     broken: dict[str, str] = {}
-    for name, some in calls.items():
+    for name in ("ours", *contests[0].peers):
         try:
-            runs[name] = _ready(work, some)
+            calls = [contest.ours if name == "ours" else contest.peers[name] for contest in contests]
+            if (seconds := _long(calls[0])) is not None:
+                found[name] = quantiles([seconds])
+            else:
+                runs[name] = _ready(work, calls, passes, contests if name == "ours" else None)
         except Exception as problem:
             if name == "ours":
                 raise
-            broken[name] = told(problem)
-    probe = _events(list(runs.values()), 1)
-    rounds = max(LEAST_ROUNDS, min(ROUNDS, int(ROUNDS * SLOW / max(SLOW / ROUNDS, sum(map(sum, probe))))))
-    times = _events(list(runs.values()), rounds)
-    return {n: quantiles([t / len(contests) for t in each]) for n, each in zip(runs, times, strict=True)}, broken
+            broken[name] = reason(problem)
+    times = _in_turn(list(runs.values())) if runs else []
+    for name, each in zip(runs, times, strict=True):
+        found[name] = quantiles([seconds / (passes * len(contests)) for seconds in each])
+    return found, broken
 
 
 def time_once(call: Call) -> tuple[float, Any]:
@@ -92,13 +102,8 @@ def time_peers_once(peers: dict[str, Call]) -> tuple[dict[str, dict[str, float]]
         try:
             found[name] = quantiles([time_once(call)[0]])
         except Exception as problem:
-            broken[name] = told(problem)
+            broken[name] = reason(problem)
     return found, broken
-
-
-def told(problem: Exception) -> str:
-    """An error in one line of a result file."""
-    return f"{type(problem).__name__}: {problem}"[:300]
 
 
 def sets_for(work: Work, device: torch.device) -> int:
@@ -107,6 +112,11 @@ def sets_for(work: Work, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(MOST_SETS, math.ceil(FILL * cache / work.bytes)))
+
+
+def is_warm(work: Work, sets: int, device: torch.device) -> bool:
+    """Whether all sets of inputs together fit into the cache."""
+    return sets * work.bytes < torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def works_still(device: torch.device) -> bool:
@@ -124,15 +134,59 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("p20", "p50", "p80"), found.tolist(), strict=True))
 
 
-def _ready(work: Work, calls: Sequence[Call]) -> Callable[[], Any]:
-    """A run of all calls, warmed up: they are compiled, and the caches of libraries are filled."""
-    for call in (calls[0], *calls):
+def require_answers(run: Callable[[], Any], answers: Sequence[Any], contests: Sequence[Contest]) -> None:
+    """Run once and compare what that writes with the exact answers.
+
+    Args:
+        run: writes the answers where they are.
+        answers: one for each contest.
+        contests: that were run.
+
+    Raises:
+        ArithmeticError: one is wrong.
+    """
+    for tensor in (tensor for answer in answers for tensor in _tensors(answer)):
+        tensor.detach().zero_()
+    run()
+    torch.cuda.synchronize()
+    for number, (answer, contest) in enumerate(zip(answers, contests, strict=True)):
+        wrong = error(answer, contest.reference())
+        if not wrong <= contest.tolerance:
+            raise ArithmeticError(f"wrong answer of the graph, not timed: {wrong:.1e} on set {number}")
+
+
+def _long(call: Call) -> float | None:
+    """Seconds of a call that takes long, not its first; None of another."""
+    call()
+    for _ in range(2):  # libraries may load something in the second one still
+        seconds, _ = time_once(call)
+        if seconds <= LONG:
+            return None
+    return seconds
+
+
+def _ready(work: Work, calls: Sequence[Call], passes: int, judges: Sequence[Contest] | None) -> Callable[[], Any]:
+    """A run of all calls, so many times, warmed up: they are compiled, and the caches of libraries are filled.
+
+    Args:
+        work: what is timed.
+        calls: on each set of inputs.
+        passes: over all sets.
+        judges: know what a graph has to write; None: it is not looked at.
+    """
+    for call in calls:
         call()
     torch.cuda.synchronize()
-    return _captured(calls) if work.graph else _each(calls)
+    if not work.graph:
+        return _each([*calls] * passes)
+    run, answers = _captured(calls, passes)
+    if judges is not None:
+        require_answers(run, answers, judges)
+    return run
 
 
-def _captured(calls: Sequence[Call]) -> Callable[[], Any]:
+def _captured(calls: Sequence[Call], passes: int) -> tuple[Callable[[], Any], list[Any]]:
+    """A graph's replay, and what its last pass writes."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -141,9 +195,10 @@ def _captured(calls: Sequence[Call]) -> Callable[[], Any]:
             call()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
+        for call in [*calls] * (passes - 1):
             call()
-    return graph.replay
+        answers = [call() for call in calls]
+    return graph.replay, answers
 
 
 def _each(calls: Sequence[Call]) -> Callable[[], Any]:
@@ -152,6 +207,12 @@ def _each(calls: Sequence[Call]) -> Callable[[], Any]:
             call()
 
     return run
+
+
+def _in_turn(runs: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """Seconds of each run, as often as there is time for."""
+    (probe,) = zip(*_events(runs, 1), strict=True)
+    return _events(runs, max(LEAST_ROUNDS, min(ROUNDS, int(ROUNDS * SLOW / max(SLOW / ROUNDS, sum(probe))))))
 
 
 def _events(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:

@@ -29,17 +29,19 @@ from typing import Any
 import torch
 
 from bench.gpu import measure as timing
+from bench.gpu.judge import judged, line
 from bench.gpu.lines import Lines, commit, gpu_table, versions
-from bench.gpu.measure import Ceiling, error, quantiles
+from bench.gpu.measure import LONG, Ceiling, error, quantiles
 from bench.gpu.tests import check
-from bench.gpu.work import Contest, Goal, Work
+from bench.gpu.work import Contest, Work
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
-    if path.stem not in ("work", "measure", "suite", "lines", "tests", "models")
+    if path.stem not in ("work", "measure", "suite", "lines", "tests", "models", "judge")
 )
+FIRST = ("K", "P", "Q1", "Q2", "T", "E", "S")  # how ids begin whose goals come before all others
 SHARES = {"engine": 100.0}  # seconds of a run with all families after which no line of this one starts
 PATIENCE = 150.0  # seconds without a line after which its process is taken to hang
 GRACE = 30.0  # seconds beyond --minutes for the line that was begun in time
@@ -143,10 +145,20 @@ def measure(lines: Lines, options: argparse.Namespace) -> None:
 
 
 def works(only: list[str] | None) -> list[tuple[str, Work]]:
-    """All lines, or those whose id or family is named; those with a goal come first, the long ones last among them."""
+    """All lines, or those whose id or family is named; those come first that must not be lost when time runs out.
+
+    Goals of `FIRST`, other goals, the rest; within each the long ones late, and last whole models whose id was there.
+    """
     found = [(family, work) for family in FAMILIES for work in importlib.import_module(f"bench.gpu.{family}").works()]
     kept = [(family, work) for family, work in found if not only or work.id in only or family in only]
-    return sorted(kept, key=lambda entry: (not entry[1].goals, entry[1].once))
+    models: set[str] = set()
+    places = []
+    for _, work in kept:
+        first = next((at for at, start in enumerate(FIRST) if work.id.startswith(start)), len(FIRST))
+        other = bool(work.goals) and first == len(FIRST)
+        places.append((not work.goals, other, work.id in models, work.once, first))
+        models |= {work.id} if work.tokens else set()
+    return [kept[at] for at in sorted(range(len(kept)), key=places.__getitem__)]
 
 
 def guarded(work: Work, device: torch.device, top: Ceiling) -> dict[str, Any]:
@@ -172,14 +184,17 @@ def measured(work: Work, device: torch.device, top: Ceiling) -> dict[str, Any]:
         return row | {"failed": "wrong answer, not timed"}
     del answer
     if first.clock is not None:
-        row |= {"seconds": {name: quantiles(each) for name, each in first.clock().items()}, "extra_bytes": {}}
+        steps, row["broken_peers"] = first.clock()
+        row |= {"seconds": {name: quantiles(each) for name, each in steps.items()}, "extra_bytes": {}}
     elif work.once:
         times, row["broken_peers"] = timing.time_peers_once(first.peers)
         row |= {"seconds": {"ours": quantiles([seconds])} | times, "extra_bytes": {}}
     else:
         row["seconds"], row["broken_peers"] = timing.time_work(work, contests)
         calls = {"ours": first.ours} | first.peers
-        row["extra_bytes"] = {name: extra_bytes(calls[name]) for name in row["seconds"]}
+        brief = [name for name, each in row["seconds"].items() if each["p50"] <= LONG]
+        row["extra_bytes"] = {name: extra_bytes(calls[name]) for name in brief}
+        row["warm"] = timing.is_warm(work, len(contests), device)
     ours = row["seconds"]["ours"]["p50"]
     row |= {"bytes": work.bytes, "flops": work.flops}
     row |= {"bandwidth": work.bytes / ours / top.bandwidth, "compute": work.flops / ours / top.flops}
@@ -197,41 +212,6 @@ def extra_bytes(call: Any) -> int:
     before = torch.cuda.memory_allocated()
     call()
     return int(torch.cuda.max_memory_allocated() - before)
-
-
-def judged(goal: Goal, row: dict[str, Any]) -> dict[str, Any]:
-    """A goal with the figure that was reached; peers are named by how they begin."""
-    ours = row["seconds"]["ours"]["p50"]
-    figures = {"microseconds": ours * 1e6, "seconds": ours, "rate": row.get("rate")}
-    figures |= {"bandwidth": row["bandwidth"], "error": row["error"]}
-    memory = {name: row["extra_bytes"]["ours"] / max(1, extra) for name, extra in row["extra_bytes"].items()}
-    peers = {"speedup": row["speedup"], "memory": memory}
-    if goal.figure in peers:
-        found = [value for name, value in peers[goal.figure].items() if name.startswith(goal.peer)]
-        reached = min(found) if found else None
-    else:
-        reached = figures[goal.figure]
-    less = goal.figure in ("microseconds", "seconds", "memory", "error")
-    met = reached is not None and (reached <= goal.at if less else reached >= goal.at)
-    return {"figure": goal.figure, "peer": goal.peer, "goal": goal.at, "reached": reached, "met": met}
-
-
-def line(row: dict[str, Any]) -> str:
-    """One line for a person."""
-    head = f"{row['id']:4} {row['name'][:52]:52}"
-    if "seconds" not in row:
-        return f"{head} {row.get('failed') or row.get('left_out')}"
-    ours = row["seconds"]["ours"]["p50"] * 1e6
-    peers = "  ".join(f"{name} {value:.2f}x" for name, value in row["speedup"].items())
-    missed = [
-        f"{g['figure']} {g['peer']} {g['reached'] and round(g['reached'], 3)} for {g['goal']}"
-        for g in row["goals"]
-        if not g["met"]
-    ]
-    verdict = "missed: " + ", ".join(missed) if missed else "met" if row["goals"] else ""
-    shares = f"{100 * row['bandwidth']:3.0f} % bw  {100 * row['compute']:3.0f} % flops"
-    rate = f"{row['rate']:.0f} tokens/s  " if "rate" in row else ""
-    return f"{head} {ours:10.2f} us  {rate}{shares}  {peers}  {verdict}"
 
 
 def parse() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +16,19 @@ class Contest:
 
     Args:
         ours: returns a tensor, or a tuple of tensors.
-        peers: name (with its version where it is a library) to a call that does the same work.
+        peers: name (with its version where it is a library) to a call for comparison, of the same work unless its name
+            says otherwise.
         reference: the answer in fp64, as `ours` returns it; called once, not timed.
         tolerance: of ‖y - reference‖ / ‖reference‖, for ours.
-        clock: seconds of `ours` and of every peer by name, each as often as it was measured; None: calls are timed.
+        clock: seconds of `ours` and of every peer by name, each as often as it was measured; and peers that would not
+            run, with the reason. None: calls are timed.
     """
 
     ours: Call
     peers: dict[str, Call]
     reference: Call
     tolerance: float
-    clock: Callable[[], dict[str, list[float]]] | None = None
+    clock: Callable[[], tuple[dict[str, list[float]], dict[str, str]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,20 @@ class Work:
     graph: bool = True
     once: bool = False
     tokens: int = 0
+
+
+def built(make: Callable[[], Call]) -> Call:
+    """A peer's call; where it cannot be made, one that raises the reason: so this peer alone is not measured."""
+    try:
+        return make()
+    except Exception as problem:
+        return partial(_refuse, problem.with_traceback(None))  # whose frames hold tensors
+
+
+def _refuse(problem: Exception) -> None:
+    raise problem
+
+
+def reason(problem: Exception) -> str:
+    """An error in one line of a result file."""
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
