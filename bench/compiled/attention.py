@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-from bench.ahead import Case
+from bench.ahead import ARCHS, UNITS, Case
 from rankwise.kernels import attention, prefill
 
 BLOCKS, BLOCK_SIZE, CONTEXT = 4096, 16, 4096
-MMA = ("mma.sync|wgmma", r"cp\.async|ld\.global")
+COPIES = r"cp\.async"
+KERNELS = {"_decode": (r"mma\.sync", COPIES), "_prefill": (UNITS, COPIES)}
+NARROW = {"_decode": 3, "_combine": 10, "_prefill": 4}  # block numbers, and what each split says of itself
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -37,20 +39,22 @@ def chunk(seqs: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, wi
 
 
 def case(call: Callable[..., Any], name: str, archs: tuple[int, ...], *shape: Any) -> Case:
-    return Case(f"{call.__name__}, {name}", lambda: call(*shape), () if FP32 in shape else MMA, archs=archs)
+    kernel = "_decode" if call is decode else "_prefill"
+    wanted = (COPIES,) if FP32 in shape else KERNELS[kernel]
+    return Case(f"{call.__name__}, {name}", lambda: call(*shape), {kernel: wanted}, narrow=NARROW, archs=archs)
 
 
 SHAPES: list[tuple[Any, ...]] = [
-    ("Llama-3-8B, 1 sequence", (80, 89, 90), 1, 32, 8, 128, BF16, 0, 0.0),
+    ("Llama-3-8B, 1 sequence", ARCHS, 1, 32, 8, 128, BF16, 0, 0.0),
     ("Llama-3-8B fp16, 64 sequences", (90,), 64, 32, 8, 128, FP16, 0, 0.0),
     ("Llama-2-7B, no shared heads", (90,), 16, 32, 32, 128, BF16, 0, 0.0),
     ("Qwen2-7B, 7 heads share", (80, 90), 16, 28, 4, 128, BF16, 0, 0.0),
-    ("SmolLM2-135M", (80, 90), 16, 9, 3, 64, BF16, 0, 0.0),
+    ("SmolLM2-135M", (80, 90, 100), 16, 9, 3, 64, BF16, 0, 0.0),
     ("Phi-2, head dimension 80", (80,), 16, 32, 32, 80, BF16, 0, 0.0),
     ("Phi-3-mini, head dimension 96, window 2047", (89, 90), 16, 32, 32, 96, BF16, 2047, 0.0),
-    ("Gemma-3-4B, window 1024", (80, 89, 90), 16, 8, 4, 256, BF16, 1024, 0.0),
+    ("Gemma-3-4B, window 1024", ARCHS, 16, 8, 4, 256, BF16, 1024, 0.0),
     ("Gemma-2-9B, soft-cap", (80, 90), 16, 16, 8, 256, BF16, 0, 50.0),
-    ("Gemma-2-27B, soft-cap, window 4096", (80, 90), 16, 32, 16, 128, BF16, 4096, 50.0),
+    ("Gemma-2-27B, soft-cap, window 4096", (80, 90, 100), 16, 32, 16, 128, BF16, 4096, 50.0),
     ("SmolLM2-135M fp32", (80, 90), 16, 9, 3, 64, FP32, 0, 0.0),
     ("Gemma-3-4B fp32, window 1024", (80, 90), 16, 8, 4, 256, FP32, 1024, 0.0),
     ("Llama-3-8B fp32", (89,), 16, 32, 8, 128, FP32, 0, 0.0),

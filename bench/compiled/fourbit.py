@@ -10,8 +10,9 @@ from bench.ahead import Case
 from rankwise.kernels.fourbit import run
 from rankwise.kernels.fragments import Fragments, unpack
 
-MMA = r"mma\.sync"
-INT4, NF4 = r"lop3[^;]*0xea", "prmt"
+MMA, LOGIC, PERMUTED = r"mma\.sync", r"lop3[^;]*0xea", "prmt"
+INT4, NF4 = {"_linear": (MMA, LOGIC)}, {"_linear": (MMA, PERMUTED)}
+LEADS, FOLLOWS = ({"_linear": (MMA, LOGIC, f"griddepcontrol.{what}")} for what in ("launch_dependents", "wait"))
 BF16 = torch.bfloat16
 
 
@@ -40,28 +41,39 @@ def dense(group: int, name: str = "int4", asymmetric: bool = False) -> Fragments
     return weights(4096, 4096, group, name, asymmetric)
 
 
+def narrow(count: int) -> dict[str, int]:
+    """Scales and zero points, two of 16 bits a load."""
+    return {"_linear": count}
+
+
+NF4_ONE = {80: 4.3, 89: 4.3, 90: 4.3, 100: 5.4}  # for 10.0 the assembler copies more registers about
+
 # A round of a thread is U chunks of R tiles: U R 16 · 64 / 32 weights. The budgets are what a round comes to on Hopper,
 # the arithmetic of loads, addresses and scales with it; there 4.7 (3.5 on an H200) would be as slow as the memory.
 CASES = [
-    Case("int4, 128, 1 token", call(dense(128), 1, bias=True), (MMA, INT4), weights=128, per_weight=2.6, archs=(90,)),
-    Case("int4, 64, 1 token", call(dense(64), 1), (MMA, INT4), weights=128, per_weight=2.6, archs=(90,)),
-    Case("int4, 32, 1 token", call(dense(32), 1), (MMA, INT4), 64, weights=64, per_weight=3.3, archs=(90,)),
-    Case("int4, asymmetric, 1 token", call(dense(128, asymmetric=True), 1), (MMA, INT4), weights=128, per_weight=2.8),
-    Case("int4, 16 tokens", call(dense(128), 16), (MMA, INT4), weights=128, per_weight=3.0, archs=(90,)),
-    Case("int4, 64 tokens", call(dense(128), 64, partial=True), (MMA, INT4), weights=64, per_weight=3.6, archs=(90,)),
-    Case("int4, 64 tokens, added up", call(dense(128), 64, bias=True), (MMA, INT4)),
-    Case("nf4, 1 token", call(dense(64, "nf4"), 1), (MMA, NF4), weights=64, per_weight=4.3, archs=(80, 89, 90)),
-    Case("nf4, 16 tokens", call(dense(64, "nf4"), 16), (MMA, NF4), archs=(90,)),
-    Case("nf4, 64 tokens", call(dense(64, "nf4"), 64), (MMA, NF4), archs=(80, 90)),
-    Case("int4, 11008 wide, 8 tokens", call(weights(11008, 4096, 128), 8), (MMA, INT4), archs=(80, 90)),
-    Case("int4, odd sizes, 1 token", call(weights(4090, 11008, 128), 1), (MMA, INT4)),
-    Case("int4, V of a pair", call(weights(1024, 4096, 128), 1, partial=True), (MMA, INT4)),
-    Case("int4, U of a pair", call(weights(4096, 1024, 128), 1, parts=2), (MMA, INT4)),
-    Case("V leads", call(weights(1024, 4096, 128), 1, partial=True, leads=True), ("griddepcontrol",), archs=(90,)),
-    Case("U follows", call(weights(4096, 1024, 128), 1, parts=2, follows=True), ("griddepcontrol",), archs=(90,)),
-    Case("fp16", call(dense(128), 1, torch.float16), (MMA, INT4), archs=(80, 90)),
-    Case("nf4, fp16", call(dense(64, "nf4"), 1, torch.float16), (MMA, NF4), archs=(90,)),
-    Case("int4, unpacked", lambda: unpack(dense(128, asymmetric=True), BF16), (INT4,)),
-    Case("int4, unpacked, fp32", lambda: unpack(dense(128), torch.float32), archs=(80,)),
-    Case("nf4, unpacked", lambda: unpack(dense(64, "nf4"), BF16), (NF4,)),
+    Case("int4, 128, 1 token", call(dense(128), 1, bias=True), INT4, 128, narrow(4), weights=128, per_weight=2.6),
+    Case("int4, 64, 1 token", call(dense(64), 1), INT4, 128, narrow(4), weights=128, per_weight=2.6),
+    Case("int4, 32, 1 token", call(dense(32), 1), INT4, 64, narrow(4), weights=64, per_weight=3.3),
+    Case("int4, asymmetric", call(dense(128, asymmetric=True), 1), INT4, 128, narrow(8), weights=128, per_weight=2.8),
+    Case("int4, 16 tokens", call(dense(128), 16), INT4, 128, narrow(4), weights=128, per_weight=3.0),
+    Case("int4, 64 tokens", call(dense(128), 64, partial=True), INT4, 128, narrow(2), weights=64, per_weight=3.6),
+    Case("int4, 64 tokens, added up", call(dense(128), 64, bias=True), INT4, 128, narrow(2)),
+    Case("nf4, 1 token", call(dense(64, "nf4"), 1), NF4, weights=64, per_weight=NF4_ONE),
+    Case("nf4, 16 tokens", call(dense(64, "nf4"), 16), NF4, weights=64, per_weight=4.4),
+    Case("nf4, 64 tokens", call(dense(64, "nf4"), 64), NF4, weights=64, per_weight=5.1),
+    Case("int4, 11008 wide, 8 tokens", call(weights(11008, 4096, 128), 8), INT4, 128, narrow(4)),
+    Case("int4, odd sizes, 1 token", call(weights(4090, 11008, 128), 1), INT4, 128, narrow(4)),
+    Case("int4, V of a pair", call(weights(1024, 4096, 128), 1, partial=True), INT4, 128, narrow(4)),
+    Case("int4, U of a pair", call(weights(4096, 1024, 128), 1, parts=2), INT4, 128, narrow(2)),
+    Case(
+        "V leads", call(weights(1024, 4096, 128), 1, partial=True, leads=True), LEADS, 128, narrow(4), archs=(90, 100)
+    ),
+    Case(
+        "U follows", call(weights(4096, 1024, 128), 1, parts=2, follows=True), FOLLOWS, 128, narrow(2), archs=(90, 100)
+    ),
+    Case("fp16", call(dense(128), 1, torch.float16), INT4, 128, narrow(4), archs=(80, 90)),
+    Case("nf4, fp16", call(dense(64, "nf4"), 1, torch.float16), NF4, archs=(90,)),
+    Case("int4, unpacked", lambda: unpack(dense(128, asymmetric=True), BF16), {"_unpack": (LOGIC,)}),
+    Case("int4, unpacked, fp32", lambda: unpack(dense(128), torch.float32), archs=(80, 90)),
+    Case("nf4, unpacked", lambda: unpack(dense(64, "nf4"), BF16), {"_unpack": (PERMUTED,)}),
 ]

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from bench.ahead import Case
+from bench.ahead import UNITS, Case
 from rankwise.kernels.eightbit import run, write_out
 
-MMA = r"mma\.sync|wgmma|tcgen05\.mma"
-DECODED = r"fma\.rn\.bf16x2"
+MMA, DECODED = r"mma\.sync", r"fma\.rn\.bf16x2"
+FEW = {"_linear": (MMA, DECODED, r"cp\.async")}
+LEADS, FOLLOWS = ({"_linear": (MMA, f"griddepcontrol.{what}")} for what in ("launch_dependents", "wait"))
 BF16 = torch.bfloat16
 
 
@@ -33,13 +34,13 @@ def call(
 
 # A round of a thread is 32 · 256 / 64 weights. On an H100 8.8 instructions a weight would be as slow as the memory.
 CASES = [
-    Case("1 token", call(4096, 4096, 1, bias=True), (MMA, DECODED), weights=128, per_weight=4.5),
-    Case("1 token, few rows", call(1024, 4096, 1), (MMA, DECODED), archs=(80, 90)),
-    Case("fp16", call(4096, 4096, 1, torch.float16), (MMA, r"fma\.rn\.f16x2"), archs=(80, 90)),
-    Case("64 tokens", call(4096, 4096, 64, bias=True), (MMA, DECODED)),
-    Case("odd sizes, 5 tokens", call(4090, 4090, 5), (MMA, DECODED), archs=(80, 90)),
-    Case("V of a pair", call(1000, 4096, 1, partial=True, leads=True), (MMA, "griddepcontrol"), archs=(90,)),
-    Case("U of a pair", call(4096, 1000, 1, parts=4), (MMA, DECODED), archs=(80, 89, 90)),
-    Case("U follows", call(4096, 1000, 16, parts=2, follows=True), (MMA, "griddepcontrol"), archs=(90,)),
-    Case("written out", lambda: write_out(*weights(4096, 4096), BF16), loads=64, archs=(80, 90)),
+    Case("1 token", call(4096, 4096, 1, bias=True), FEW, weights=128, per_weight=4.5),
+    Case("1 token, few rows", call(1024, 4096, 1), FEW),
+    Case("fp16", call(4096, 4096, 1, torch.float16), {"_linear": (MMA, r"fma\.rn\.f16x2")}, archs=(80, 90)),
+    Case("64 tokens", call(4096, 4096, 64, bias=True), {"_linear": (UNITS, DECODED, r"cp\.async")}),
+    Case("odd sizes, 5 tokens", call(4090, 4090, 5), FEW),
+    Case("V of a pair", call(1000, 4096, 1, partial=True, leads=True), LEADS, archs=(90, 100)),
+    Case("U of a pair", call(4096, 1000, 1, parts=4), FEW),
+    Case("U follows", call(4096, 1000, 16, parts=2, follows=True), FOLLOWS, archs=(90, 100)),
+    Case("written out", lambda: write_out(*weights(4096, 4096), BF16), loads=64),
 ]

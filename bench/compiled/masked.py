@@ -4,11 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from bench.ahead import Case
+from bench.ahead import UNITS, Case
 from rankwise.kernels.gemm import column_sums
 from rankwise.kernels.masked import masked_backward, masked_forward
-
-MMA = r"mma\.sync|wgmma|tcgen05\.mma"
 
 
 def both(dtype: torch.dtype, tokens: int, *, limited: bool, rank: int = 2048, wide: int = 4096) -> Callable[[], None]:
@@ -45,19 +43,28 @@ def sums() -> None:
     column_sums(tall, tall)
 
 
+WHOLE = {"_product": (UNITS, r"cp\.async")}
+TF32 = {arch: unit + r"\S*tf32" for arch, unit in UNITS.items()}
 CASES = [
-    Case("bf16, 4096 tokens", both(torch.bfloat16, 4096, limited=False), (MMA, r"cp\.async")),
-    Case("bf16, 4096 tokens, rank on the device", both(torch.bfloat16, 4096, limited=True), (MMA, r"cp\.async")),
-    Case("bf16, 64 tokens", both(torch.bfloat16, 64, limited=False), (MMA, r"cp\.async")),
+    Case("bf16, 4096 tokens", both(torch.bfloat16, 4096, limited=False), WHOLE),
+    Case("bf16, 4096 tokens, rank on the device", both(torch.bfloat16, 4096, limited=True), WHOLE),
+    Case("bf16, 64 tokens", both(torch.bfloat16, 64, limited=False), WHOLE),
     Case(
         "bf16, sizes that are no multiples",
         both(torch.bfloat16, 4096, limited=True, rank=2056),
-        (MMA,),
+        {"_product": (UNITS,)},
         loads=16,
-        archs=(90,),
+        narrow={"_product": 32},
+        archs=(80, 90),
     ),
-    Case("fp16, 4096 tokens", both(torch.float16, 4096, limited=False), (MMA, r"cp\.async"), archs=(90,)),
-    Case("fp32, 4096 tokens", both(torch.float32, 4096, limited=True), (r"cp\.async",), archs=(80,)),
-    Case("fp32 by TF32", in_tf32(both(torch.float32, 4096, limited=False)), (r"mma\.sync\S*tf32",), archs=(80,)),
+    Case("fp16, 4096 tokens", both(torch.float16, 4096, limited=False), WHOLE, archs=(90,)),
+    Case("fp32, 4096 tokens", both(torch.float32, 4096, limited=True), {"_product": (r"cp\.async",)}, archs=(80,)),
+    Case(
+        "fp32 by TF32",
+        in_tf32(both(torch.float32, 4096, limited=False)),
+        {"_product": (TF32, r"cp\.async")},
+        narrow={"_product": 16},  # wgmma and tcgen05 want TF32's operands the other way round
+        archs=(80, 90),
+    ),
     Case("column sums", sums),
 ]

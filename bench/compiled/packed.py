@@ -1,6 +1,7 @@
 """Groups of layers for a few tokens: both kernels, in the shapes of a 7B."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -8,8 +9,9 @@ from bench.ahead import Case
 from rankwise.kernels.pack import alignment, table_of
 from rankwise.kernels.packed import run
 
-MMA = r"mma\.sync|wgmma"
+FOLLOWING = (90, 100)  # other chips start no kernel early
 Shapes = tuple[tuple[int, int, int], ...]
+Kernels = dict[str, tuple[str, ...]]
 
 
 def group(shapes: Shapes, tokens: int, dtype: torch.dtype = torch.bfloat16, **more: bool) -> Callable[[], None]:
@@ -36,15 +38,25 @@ def group(shapes: Shapes, tokens: int, dtype: torch.dtype = torch.bfloat16, **mo
 ONE: Shapes = ((4096, 1024, 4096),)
 QKV: Shapes = ((4096, 1024, 4096), (1024, 512, 512), (1024, 1024, 0))  # lowrank, pivot, dense
 GATE_UP: Shapes = ((11008, 1024, 11008), (11008, 1536, 11008))
+MMA = {"_shrink": (r"mma\.sync", r"cp\.async"), "_expand": (r"mma\.sync", r"cp\.async")}
+EARLY = {"_shrink": ("griddepcontrol.launch_dependents",), "_expand": ("griddepcontrol.wait",)}
+
+
+def case(name: str, call: Callable[[], None], contains: Kernels, other: int, loops: int = 1, **more: Any) -> Case:
+    """With `other` narrow loads in the second kernel's other loops, for components that begin at no multiple of 8."""
+    return Case(name, call, contains, narrow={"_expand": other}, wide={"_shrink": 1, "_expand": loops}, **more)
+
+
 CASES = [
-    Case("one layer, 1 token", group(ONE, 1)),
-    Case("one layer, 16 tokens, residual", group(ONE, 16, residual=True), (MMA,)),
-    Case("one layer, 64 tokens", group(ONE, 64), (MMA,)),
-    Case("mixed kinds, 4 tokens, norm, bias", group(QKV, 4, place=True, bias=True, norm=True), (MMA,)),
-    Case("gate and up, 1 token, norm", group(GATE_UP, 1, gated=True, norm=True)),
-    Case("gate and up, 64 tokens, norm", group(GATE_UP, 64, gated=True, norm=True), (MMA,), archs=(80, 90)),
-    Case("dependent launch", group(ONE, 1, pdl=True), ("griddepcontrol",), archs=(90,)),
-    Case("fp16", group(QKV, 16, torch.float16, place=True), (MMA,), archs=(90,)),
-    Case("fp32", group(QKV, 1, torch.float32, place=True), archs=(80,)),
-    Case("ranks that 8 does not divide", group(((4096, 1021, 4096),), 1), loads=16, archs=(90,)),
+    case("one layer, 1 token", group(ONE, 1), {}, 16),
+    case("one layer, 16 tokens, residual", group(ONE, 16, residual=True), MMA, 16),
+    case("one layer, 64 tokens", group(ONE, 64), MMA, 32),
+    case("mixed kinds, 4 tokens, norm, bias", group(QKV, 4, place=True, bias=True, norm=True), MMA, 16),
+    case("gate and up, 1 token, norm", group(GATE_UP, 1, gated=True, norm=True), {}, 16, 2),
+    case("gate and up, 64 tokens, norm", group(GATE_UP, 64, gated=True, norm=True), MMA, 64, 2),
+    case("dependent launch", group(ONE, 1, pdl=True), EARLY, 16, archs=FOLLOWING),
+    case("dependent launch, 16 tokens", group(ONE, 16, pdl=True), EARLY, 16, archs=FOLLOWING),
+    case("fp16", group(QKV, 16, torch.float16, place=True), MMA, 16, archs=(90,)),
+    case("fp32", group(QKV, 1, torch.float32, place=True), {}, 16, archs=(80, 90)),
+    case("ranks that 8 does not divide", group(((4096, 1021, 4096),), 1), {}, 80, 0, loads=16, archs=(90, 100)),
 ]

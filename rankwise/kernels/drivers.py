@@ -4,9 +4,11 @@ Published timings contradict each other from card to card and from size to size,
 of a shape on a GPU is decomposed by every candidate, and the times are kept in the user's cache folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
@@ -15,13 +17,25 @@ import torch
 from rankwise.errors import RankwiseError
 from rankwise.files import cache_folder, read_json, write_json
 from rankwise.kernels.backend import power_of_two
-from rankwise.kernels.eigen import Algorithm, Problem, Spectrum, batched, direct, eigh, mixed, refined, rotations
+from rankwise.kernels.eigen import (
+    Algorithm,
+    Job,
+    Problem,
+    Spectrum,
+    batched,
+    direct,
+    eigh,
+    mixed,
+    on_streams,
+    refined,
+    rotations,
+)
 
 PASSES = {torch.float32: 1e-4, torch.float64: 1e-10}  # largest entry of |Q Qᵀ - I|, and relative error of products
 PROBES = 4
 MEDIUM = 1024  # rows beyond which one call for a batch, and drivers of last resort, are not measured
 FAILED = 1e9  # seconds
-HOPELESS, COMPILING = 4, 2.0  # times the best one's seconds, and seconds more, after which a driver is not run again
+HOPELESS = 4  # times the best one's seconds, after which a driver is not run again
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Driver:
     """An algorithm in a precision.
 
     Args:
-        run: takes problems of one shape.
+        run: makes jobs of problems of one shape.
         dtype: of its arithmetic.
         depth: the smallest σ_k / σ_1 at which its leading k vectors are as good as the best ones: the excess of the
             error is within 3e-4 of it in fp32, 1e-6 in fp64.
@@ -59,43 +73,84 @@ _times: dict[str, dict[str, float]] = {}
 
 
 def decompose(
-    problems: Sequence[Problem], *, rank: int | None, depth: float, driver: str, streams: int
-) -> list[tuple[Spectrum, str]]:
-    """Decompose problems of one shape, each with the name of the driver whose result passed.
+    groups: Sequence[Sequence[Problem]], *, rank: int | None, depth: float, driver: str, streams: int
+) -> list[list[tuple[Spectrum, str]]]:
+    """Decompose groups of problems, each with the name of the driver whose result passed; all share the streams.
 
     Args:
-        problems: at least one; all of one shape and with or without a weight.
+        groups: at least one problem each, all of one shape and with or without a weight; all on one device.
         rank: only so many leading vectors matter; None if all do.
         depth: what is below this share of σ_1 does not matter.
         driver: a name of `DRIVERS`, or `auto`: the fastest one; where σ_rank / σ_1 turns out to be beyond its depth, or
-            its result fails a check, the next one that reaches deeper. If all vectors matter, only drivers that
-            reach `depth` are asked.
+            its result fails a check, or it finds no memory, the next one that reaches deeper. If all vectors matter,
+            only drivers that reach `depth` are asked.
 
     Raises:
         torch.linalg.LinAlgError: no driver converged.
+        torch.OutOfMemoryError: that was the last driver's trouble.
     """
-    wanted = depth if rank is None else None
-    names = ranking(problems, wanted, streams) if driver == "auto" else [driver]
-    found: dict[int, tuple[Spectrum, str]] = {}
-    reached, reason = 2.0, ""
-    for name in names:
-        if (reaches := DRIVERS[name].depth) >= reached:
-            continue
-        todo = [i for i in range(len(problems)) if i not in found]
+    wanted, auto = depth if rank is None else None, driver == "auto"
+    searches = [_Search(group, ranking(group, wanted, streams) if auto else [driver]) for group in groups]
+    while open_ := [search for search in searches if search.todo]:
+        jobs = [search.jobs(streams) for search in open_]
+        costs = [search.cost / len(mine) for search, mine in zip(open_, jobs, strict=True) for _ in mine]
+        done = iter(on_streams([*chain(*jobs)], costs, open_[0].problems[0].rows.device, streams))
+        for search, mine in zip(open_, jobs, strict=True):
+            spectra = [spectrum for _ in mine for spectrum in next(done)]
+            search.judge(spectra, lambda s, reaches: not auto or max(depth, _depth_at(s, rank)) >= reaches)
+    return [[search.found[i] for i in range(len(search.problems))] for search in searches]
+
+
+class _Search:
+    """Problems of one shape, and the drivers that are still to be tried on them."""
+
+    def __init__(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
+        self.problems, self.names, self.name, self.reached = problems, list(names), "", 2.0
+        self.todo, self.found = list(range(len(problems))), dict[int, tuple[Spectrum, str]]()
+        self.failed = False  # the driver that has just run
+        self.failure: Exception = torch.linalg.LinAlgError("no driver reaches so deep")
+
+    @property
+    def cost(self) -> float:
+        """Of all that is left to do, in multiplications of some kind."""
+        return float(len(self.todo) * len(self.problems[0].rows) ** 3)
+
+    def jobs(self, streams: int) -> list[Job]:
+        """Those of the next driver that reaches deeper than the last one did."""
+        self.names = [name for name in self.names if DRIVERS[name].depth < self.reached]
+        if not self.names:
+            raise self.failure
+        self.name, *self.names = self.names
+        return [partial(self._tried, job) for job in _jobs(self.name, [self.problems[i] for i in self.todo], streams)]
+
+    def _tried(self, job: Job) -> list[Spectrum]:
+        """The job's spectra, or none and a note of what went wrong."""
         try:
-            spectra = DRIVERS[name].run([problems[i] for i in todo], DRIVERS[name].dtype, streams)
+            return job()
         except torch.linalg.LinAlgError as error:
-            reason = str(error)
-            continue
-        for i, spectrum in zip(todo, spectra, strict=True):
-            if not _is_sound(spectrum, problems[i], DRIVERS[name].dtype):
+            self.failure = torch.linalg.LinAlgError(f"{self.name}: {error}")
+        except torch.OutOfMemoryError as error:
+            self.failure = error.with_traceback(None)  # whose frames hold what fills the memory
+        self.failed = True
+        return []
+
+    def judge(self, spectra: Sequence[Spectrum], deep_enough: Callable[[Spectrum, float], bool]) -> None:
+        """Keep what is sound and deep enough of the last driver's results."""
+        if self.failed:
+            self.failed = False
+            return
+        driver = DRIVERS[self.name]
+        for i, spectrum in zip(self.todo, spectra, strict=True):
+            if not _is_sound(spectrum, self.problems[i], driver.dtype):
                 reason = "the vectors are not orthogonal, or do not give back the matrix"
-            elif driver != "auto" or max(depth, _depth_at(spectrum, rank)) >= reaches:
-                found[i] = spectrum, name
-        if len(found) == len(problems):
-            return [found[i] for i in range(len(problems))]
-        reached = reaches
-    raise torch.linalg.LinAlgError(f"{names[-1]}: {reason}")
+                self.failure = torch.linalg.LinAlgError(f"{self.name}: {reason}")
+            elif deep_enough(spectrum, driver.depth):
+                self.found[i] = spectrum, self.name
+        self.todo, self.reached = [i for i in self.todo if i not in self.found], driver.depth
+
+
+def _jobs(name: str, problems: Sequence[Problem], streams: int) -> list[Job]:
+    return DRIVERS[name].run(problems, DRIVERS[name].dtype, streams)
 
 
 def ranking(problems: Sequence[Problem], depth: float | None, streams: int) -> list[str]:
@@ -129,17 +184,23 @@ def measured(names: Sequence[str], problems: Sequence[Problem], streams: int) ->
 
 
 def _seconds(name: str, problems: Sequence[Problem], streams: int, best: float) -> float:
-    """Of the second of two runs, for the first one loads and compiles; of the first where that is hopeless already."""
-    driver, device, start = DRIVERS[name], problems[0].rows.device, 0.0
+    """Of the second of two runs, for the first one asks for memory; of the first where that is hopeless already.
+
+    Before them one problem is run untimed: that loads and compiles.
+    """
+    device, start = problems[0].rows.device, 0.0
     try:
-        for _ in range(2):
+        for part in (problems[:1], problems, problems):
             _wait(device)
             start = perf_counter()
-            driver.run(problems, driver.dtype, streams)
+            jobs = _jobs(name, part, streams)
+            on_streams(jobs, [1.0] * len(jobs), device, streams)
             _wait(device)
-            if perf_counter() - start > HOPELESS * best + COMPILING:
+            if part is problems and perf_counter() - start > HOPELESS * best:
                 break
-    except RuntimeError:  # no convergence, no memory, or a library that refuses the size
+    except RankwiseError:
+        raise
+    except Exception:  # no convergence, no memory, a kernel that does not fit, or a library that refuses the size
         return FAILED
     return perf_counter() - start
 

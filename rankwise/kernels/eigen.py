@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 
@@ -56,36 +58,53 @@ class Spectrum:
     energy: torch.Tensor
 
 
-Algorithm = Callable[[Sequence[Problem], torch.dtype, int], list[Spectrum]]  # problems of one shape, dtype, streams
+Job = Callable[[], list[Spectrum]]
+# Problems of one shape, dtype, streams; the jobs' spectra, one job's after another's, are those of the problems.
+Algorithm = Callable[[Sequence[Problem], torch.dtype, int], list[Job]]
 
 
-def eigh(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Spectrum]:
-    """Gram matrix and eigendecomposition of one problem after the other, several at a time on a GPU."""
-    return on_streams([partial(_from_gram, p, dtype, dtype) for p in problems], problems[0].rows, streams)
+def eigh(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Job]:
+    """Gram matrix and eigendecomposition of each problem by itself, so that a GPU may have several at a time."""
+    return [partial(_from_gram, p, dtype, dtype) for p in problems]
 
 
-def mixed(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Spectrum]:
+def mixed(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Job]:
     """A Gram matrix in `dtype`, decomposed in fp64: in fp32 it is eigh that loses most."""
-    return on_streams([partial(_from_gram, p, dtype, torch.float64) for p in problems], problems[0].rows, streams)
+    return [partial(_from_gram, p, dtype, torch.float64) for p in problems]
 
 
-def batched(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Spectrum]:
+def batched(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Job]:
     """The same with one call for all Gram matrices."""
-    return _spectra(torch.stack([p.gram(dtype) for p in problems]))
+    return [lambda: _spectra(torch.stack([p.gram(dtype) for p in problems]))]
 
 
-def rotations(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Spectrum]:
+def rotations(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Job]:
     """One-sided Jacobi on all X at once."""
-    basis, values = jacobi(torch.stack([p.operand().to(dtype) for p in problems]))
-    return [Spectrum(b, v.double().square()) for b, v in zip(basis, values, strict=True)]
+    return [partial(_rotated, problems, dtype)]
 
 
-def refined(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Spectrum]:
+def refined(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Job]:
     """eigh in fp32, then Jacobi in fp32 on the rows of `Q X`, formed in fp64: so short rows keep their digits.
 
     Its vectors are exact to fp32, hence good for σ_k as far as `eps σ_1` is small against it.
     """
-    rough = [found.basis.double() for found in eigh(problems, torch.float32, streams)]
+    return [partial(_refined, problems, dtype, streams)]
+
+
+def direct(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Job]:
+    """The library's singular value decomposition of X."""
+    return [partial(_direct, problems, dtype)]
+
+
+def _rotated(problems: Sequence[Problem], dtype: torch.dtype) -> list[Spectrum]:
+    basis, values = jacobi(torch.stack([p.operand().to(dtype) for p in problems]))
+    return [Spectrum(b, v.double().square()) for b, v in zip(basis, values, strict=True)]
+
+
+def _refined(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Spectrum]:
+    jobs = eigh(problems, torch.float32, streams)
+    found = on_streams(jobs, [1.0] * len(jobs), problems[0].rows.device, streams)
+    rough = [spectrum.basis.double() for (spectrum,) in found]
     near = torch.stack([q @ p.operand() for q, p in zip(rough, problems, strict=True)])
     basis, values = jacobi(near.to(dtype), floor=REFINED)
     return [
@@ -93,8 +112,7 @@ def refined(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> li
     ]
 
 
-def direct(problems: Sequence[Problem], dtype: torch.dtype, streams: int) -> list[Spectrum]:
-    """The library's singular value decomposition of X."""
+def _direct(problems: Sequence[Problem], dtype: torch.dtype) -> list[Spectrum]:
     u, values, _ = torch.linalg.svd(torch.stack([p.operand().to(dtype) for p in problems]), full_matrices=False)
     return [Spectrum(b.mT, v.double().square()) for b, v in zip(u, values, strict=True)]
 
@@ -123,37 +141,63 @@ def require_semidefinite(values: torch.Tensor, what: str) -> None:
         raise RankwiseError(what, f"indefinite (eigenvalues from {float(low):.1e} to {float(high):.1e})", DEFINITE)
 
 
-def on_streams(jobs: Sequence[Callable[[], Spectrum]], example: torch.Tensor, streams: int) -> list[Spectrum]:
+def on_streams(jobs: Sequence[Job], costs: Sequence[float], device: torch.device, streams: int) -> list[list[Spectrum]]:
     """Run jobs on several CUDA streams, each driven by a thread, for one eigh leaves most of a GPU idle.
 
     Elsewhere, or with one job, it is a plain loop. All is ordered after what the current stream holds, and before what
     it gets next.
+
+    Args:
+        jobs: on one device.
+        costs: of each, in any unit.
+        device: theirs.
+        streams: at most.
     """
-    if not example.is_cuda or len(jobs) == 1 or streams == 1:
+    if device.type != "cuda" or len(jobs) == 1 or streams == 1:
         return [job() for job in jobs]
-    here = torch.cuda.current_stream(example.device)
-    lanes = [torch.cuda.Stream(example.device) for _ in range(min(streams, len(jobs)))]
+    here, mine = torch.cuda.current_stream(device), shared_out(costs, min(streams, len(jobs)))
+    lanes = [torch.cuda.Stream(device) for _ in mine]
     for lane in lanes:
         lane.wait_stream(here)
 
-    def drive(lane: torch.cuda.Stream, mine: Sequence[Callable[[], Spectrum]]) -> list[Spectrum]:
+    def drive(lane: torch.cuda.Stream, numbers: Sequence[int]) -> list[list[Spectrum]]:
         with torch.no_grad(), torch.cuda.stream(lane):
-            return [job() for job in mine]
+            return [jobs[i]() for i in numbers]
 
     with ThreadPoolExecutor(len(lanes)) as pool:
-        drives = [pool.submit(drive, lane, jobs[i :: len(lanes)]) for i, lane in enumerate(lanes)]
-        done = [drive.result() for drive in drives]
+        done = [drive.result() for drive in [pool.submit(drive, *each) for each in zip(lanes, mine, strict=True)]]
     for lane in lanes:
         here.wait_stream(lane)
-    found = [done[i % len(lanes)][i // len(lanes)] for i in range(len(jobs))]
-    for spectrum in found:  # made in a lane's memory, read and freed in this one's order
+    found = put_back(mine, done)
+    for spectrum in chain.from_iterable(found):  # made in a lane's memory, read and freed in this one's order
         spectrum.basis.record_stream(here)
         spectrum.energy.record_stream(here)
     return found
 
 
-def _from_gram(problem: Problem, summed: torch.dtype, decomposed: torch.dtype) -> Spectrum:
-    return _spectra(problem.gram(summed).to(decomposed)[None])[0]
+def shared_out(costs: Sequence[float], lanes: int) -> list[list[int]]:
+    """Which jobs each lane does: the costliest first, each to the lane that has least to do so far."""
+    mine: list[list[int]] = [[] for _ in range(lanes)]
+    loads = [0.0] * lanes
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        lane = loads.index(min(loads))
+        mine[lane].append(i)
+        loads[lane] += costs[i]
+    return mine
+
+
+def put_back(mine: Sequence[Sequence[int]], done: Sequence[Sequence[Any]]) -> list[Any]:
+    """What the lanes have done, in the order of the jobs."""
+    found = {
+        i: result
+        for numbers, results in zip(mine, done, strict=True)
+        for i, result in zip(numbers, results, strict=True)
+    }
+    return [found[i] for i in range(len(found))]
+
+
+def _from_gram(problem: Problem, summed: torch.dtype, decomposed: torch.dtype) -> list[Spectrum]:
+    return _spectra(problem.gram(summed).to(decomposed)[None])
 
 
 def _spectra(grams: torch.Tensor) -> list[Spectrum]:

@@ -52,6 +52,21 @@ def _numbers(codes, DECODE: tl.constexpr, DTYPE: tl.constexpr):
         return codes.to(tl.float32).to(DTYPE)
 
 
+@triton.jit
+def _step(
+    weights, inputs, sums, at, width, x_part,
+    DECODE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """One round of the reduction, of columns `at`."""
+    found = tl.load(weights, mask=(at < width)[None, :], other=0)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(inputs, mask=(at < width)[:, None], other=0.0)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(inputs + part * x_part, mask=(at < width)[:, None], other=0.0)
+    return tl.dot(_numbers(found, DECODE, DTYPE), value.to(DTYPE), sums, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _linear(
     x, codes, scale, bias, y, tokens, m, m_filled, width, row_stride, x_part, x_row, per_split,
@@ -68,16 +83,11 @@ def _linear(
     inputs = x + tl.minimum(token, tokens - 1)[None, :] * x_row + at[:, None]
     if LEADS:
         tl.extra.cuda.gdc_launch_dependents()
-    if FOLLOWS:
-        tl.extra.cuda.gdc_wait()
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
-    for done in range(0, count, INNER):
-        inside = at + done < width
-        found = tl.load(weights + done, mask=inside[None, :], other=0)
-        value = tl.load(inputs + done, mask=inside[:, None], other=0.0)
-        for part in tl.static_range(1, PARTS):
-            value += tl.load(inputs + part * x_part + done, mask=inside[:, None], other=0.0)
-        sums = tl.dot(_numbers(found, DECODE, DTYPE), value.to(DTYPE), sums, input_precision="ieee")
+    if FOLLOWS:  # x is there only after a wait, the first weights are asked for before it
+        sums = _step(weights, inputs, sums, at, width, x_part, DECODE, DTYPE, PARTS, True)
+    for done in range(INNER if FOLLOWS else 0, count, INNER):
+        sums = _step(weights + done, inputs + done, sums, at + done, width, x_part, DECODE, DTYPE, PARTS, False)
     out = sums * tl.load(scale + row, mask=row < m, other=0.0).to(tl.float32)[:, None]
     if BIAS:
         out += tl.load(bias + row, mask=row < m, other=0.0).to(tl.float32)[:, None]

@@ -25,6 +25,64 @@ def _sums(partial, ranks, at, inside, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _step(
+    weights,
+    inputs,
+    total,
+    left,
+    ranks,
+    SPLITS: tl.constexpr,
+    INNER: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """One round of a reduction with `left` columns to come; WAIT for the components once weights are asked for."""
+    at = tl.arange(0, INNER)
+    w = tl.load(weights, mask=(at < left)[None, :], other=0.0, eviction_policy="evict_first")
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    if TOKENS == 1:
+        return total + w.to(tl.float32) * _sums(inputs, ranks, at, at < left, SPLITS)[None, :]
+    else:
+        some = tl.load(inputs, mask=(at < left)[:, None], other=0.0)
+        return tl.dot(w, some, total, input_precision="ieee")
+
+
+@triton.jit
+def _product(
+    weights,
+    partial,
+    z,
+    component,
+    rank,
+    tokens,
+    ranks,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`[ROWS, TOKENS]` products of components with rows of a second factor, to whose first columns `weights` points."""
+    FIRST: tl.constexpr = INNER if PDL else 0
+    if TOKENS == 1:
+        inputs = partial + component
+    else:
+        inputs = z + component + (tl.arange(0, TOKENS) % tokens)[None, :] * ranks + tl.arange(0, INNER)[:, None]
+    total = tl.zeros((ROWS, INNER if TOKENS == 1 else TOKENS), dtype=tl.float32)
+    if PDL:
+        total = _step(weights, inputs, total, rank, ranks, SPLITS, INNER, TOKENS, True)
+    weights += FIRST
+    inputs += FIRST
+    for start in tl.range(FIRST, rank, INNER, num_stages=STAGES):
+        total = _step(weights, inputs, total, rank - start, ranks, SPLITS, INNER, TOKENS, False)
+        weights += INNER
+        inputs += INNER
+    return tl.sum(total, axis=1)[:, None] if TOKENS == 1 else total
+
+
+@triton.jit
 def _outputs(
     entry,
     row,
@@ -38,6 +96,7 @@ def _outputs(
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
     TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`[ROWS, TOKENS]` outputs, of the rows `row` of one entry of the table."""
     token = tl.arange(0, TOKENS)
@@ -45,8 +104,11 @@ def _outputs(
     rank = tl.load(entry + 1) * ALIGN
     component = tl.load(entry + 2)
     count = tl.load(entry + 3)
+    weights = second + offset + (row % count)[:, None] * rank + tl.arange(0, INNER)[None, :]
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     if rank == 0:  # copied
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         if TOKENS == 1:
             total = _sums(partial, ranks, component + row, row < count, SPLITS)[:, None]
         else:
@@ -54,26 +116,11 @@ def _outputs(
             total = tl.load(z + token[None, :] * ranks + component + row[:, None], mask=inside, other=0.0).to(
                 tl.float32
             )
-    else:
-        at = tl.arange(0, INNER)
-        weights = second + offset + (row % count)[:, None] * rank + at[None, :]
-        if TOKENS == 1:
-            wide = tl.zeros((ROWS, INNER), dtype=tl.float32)
-            for start in range(0, rank, INNER):
-                inside = at < rank - start
-                w = tl.load(weights, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-                wide += w.to(tl.float32) * _sums(partial, ranks, component + start + at, inside, SPLITS)[None, :]
-                weights += INNER
-            total = tl.sum(wide, axis=1)[:, None]
-        else:
-            inputs = z + (token % tokens)[None, :] * ranks + component + at[:, None]
-            for start in range(0, rank, INNER):
-                inside = at < rank - start
-                w = tl.load(weights, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-                some = tl.load(inputs, mask=inside[:, None], other=0.0)
-                total = tl.dot(w, some, total, input_precision="ieee")
-                weights += INNER
-                inputs += INNER
+    elif (component | ranks) % ALIGN == 0:
+        at, step = component // ALIGN * ALIGN, ranks // ALIGN * ALIGN  # said so that their loads are wide
+        total = _product(weights, partial, z, at, rank, tokens, step, SPLITS, ROWS, INNER, TOKENS, PDL, None)
+    else:  # behind a dense member of any size
+        total = _product(weights, partial, z, component, rank, tokens, ranks, SPLITS, ROWS, INNER, TOKENS, PDL, 1)
     return total
 
 
@@ -113,12 +160,11 @@ def _expand(
     entry = table + (tl.program_id(0) // PARTS) * FIELDS
     count = tl.load(entry + 3)
     out = tl.load(entry + 4) + row
-    if PDL:  # the table is there already, what the first kernel writes is not
-        tl.extra.cuda.gdc_wait()
-    value = _outputs(entry, row, second, partial, z, tokens, ranks, SPLITS, ALIGN, ROWS, INNER, TOKENS)
+    # With PDL the table and the weights are there already, what the first kernel writes only after a wait.
+    value = _outputs(entry, row, second, partial, z, tokens, ranks, SPLITS, ALIGN, ROWS, INNER, TOKENS, PDL)
     if GATED:
         entry += half * FIELDS
-        up = _outputs(entry, row, second, partial, z, tokens, ranks, SPLITS, ALIGN, ROWS, INNER, TOKENS)
+        up = _outputs(entry, row, second, partial, z, tokens, ranks, SPLITS, ALIGN, ROWS, INNER, TOKENS, False)
     if HAS_NORM:
         square = tl.zeros((TOKENS,), dtype=tl.float32)
         for split in tl.static_range(SPLITS):

@@ -212,17 +212,36 @@ def _(x: torch.Tensor, *more: Any) -> torch.Tensor:
     return x.new_empty(len(x), more[8])
 
 
+@torch.library.custom_op("rankwise::fourbit_unpack", mutates_args=())
+def _unpack_op(
+    words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, m: int, group: int, name: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    return unpack(Fragments(words, scale, zero, m, group, name), dtype)
+
+
+@_unpack_op.register_fake
+def _(words: torch.Tensor, scale: torch.Tensor, zero: Any, m: int, group: int, name: str, dtype: Any) -> torch.Tensor:
+    return words.new_empty(m, scale.shape[1] * group, dtype=dtype)
+
+
 def product(x: torch.Tensor, w: Fragments, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x Wᵀ + b` by kernels, `[..., m]`; no gradient."""
+    """`x Wᵀ + b` by kernels, `[..., m]`; where x or b wants a gradient, the library's with the weights unpacked."""
     if x.shape[-1] != w.n:
         raise RankwiseError("x", tuple(x.shape), f"the last dimension is {w.n}, as the weights have columns")
+    if _wants_gradient(x, bias):
+        return linear(x, _unpack_op(*w, x.dtype), bias)
     return _linear_op(x.reshape(-1, w.n), *w, None if bias is None else bias.contiguous()).view(*x.shape[:-1], w.m)
 
 
 def pair(x: torch.Tensor, v: Fragments, u: Fragments, bias: torch.Tensor | None, overlap: bool) -> torch.Tensor:
     """`U (V x) + b` by kernels, `[..., m]`; up to 16 tokens the second one adds up the partial sums of the first."""
     rows = x.reshape(-1, x.shape[-1])
-    if not _takes(rows, FEW) or x.shape[-1] != v.n or u.n != v.m or v.name != u.name:
+    if not _takes(rows, FEW) or x.shape[-1] != v.n or u.n != v.m or v.name != u.name or _wants_gradient(x, bias):
         return product(product(x, v, None), u, bias)
     y = _pair_op(rows, *v[:5], *u, None if bias is None else bias.contiguous(), overlap)
     return y.view(*x.shape[:-1], u.m)
+
+
+def _wants_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

@@ -124,8 +124,9 @@ def unpack_int4(w: Fragments) -> Int4:
 def int4_linear(x: torch.Tensor, w: Int4 | Fragments, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Apply `y = x Wᵀ + b`.
 
-    On a GPU weights in the kernels' order are decoded in registers for up to 64 tokens, and unpacked once for more; no
-    gradient comes back then. Elsewhere, and in the file's order, this is PyTorch's product with `dequantize_int4`.
+    On a GPU weights in the kernels' order are decoded in registers for up to 64 tokens, and unpacked once for more;
+    gradients come back to x and the bias. Elsewhere, and in the file's order, this is PyTorch's product with
+    `dequantize_int4`.
 
     Args:
         x: `[..., n]`, floating point.

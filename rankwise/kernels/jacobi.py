@@ -61,7 +61,7 @@ def _rotate_pairs(gram, turn, mine, k, tol, floor, T: tl.constexpr):
     return gram, turn, mine, tl.max(worst, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _meet(
     p, turns, worst, done, step, size, stride, width, tol, floor,
     BLOCKS: tl.constexpr, HALF: tl.constexpr, INNER: tl.constexpr,
@@ -92,7 +92,7 @@ def _meet(
     tl.atomic_max(worst + matrix, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _turn(p, turns, done, step, size, stride, BLOCKS: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr):
     """Apply the rotations of a meeting to one tile of columns of its rows, in place."""
     T: tl.constexpr = 2 * HALF

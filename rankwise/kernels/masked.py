@@ -103,6 +103,17 @@ def _gradients(ctx: Any, g: torch.Tensor | None, _: Any) -> Any:
 masked_forward.register_autograd(_gradients, setup_context=_remember)
 
 
+@torch.library.custom_op("rankwise::masked_sums", mutates_args=())
+def masked_sums(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """`column_sums`, as one node of a graph."""
+    return column_sums(z, h)
+
+
+@masked_sums.register_fake
+def _(z: Any, h: Any) -> Any:
+    return z.new_empty(z.shape[1], dtype=torch.float32)
+
+
 class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, v: Any, m: Any, u: Any, bias: Any, keep: Any) -> Any:
@@ -181,10 +192,10 @@ def masked_matmul(
         u: `[m_out, k]`, same dtype as `x`.
         bias: `[m_out]` or None.
         keep: a promise that m is 1 at these components and 0 elsewhere: the first so many, or those of an index
-            tensor. The product is then the very arithmetic of `lowrank_linear` with the kept components, bit for bit
-            in PyTorch, and m still gets its whole gradient, also where it is 0 (the straight-through estimator needs
-            that). An int32 scalar tensor promises less and saves more: m counts as 0 from there on, nothing there
-            is computed or gets a gradient, and the host never waits to learn the number.
+            tensor, each once. The product is then the very arithmetic of `lowrank_linear` with the kept components,
+            bit for bit in PyTorch, and m still gets its whole gradient, also where it is 0 (the straight-through
+            estimator needs that). An int32 scalar tensor promises less and saves more: m counts as 0 from there on,
+            nothing there is computed or gets a gradient, and the host never waits to learn the number.
 
     fp32 products are exact (IEEE) unless the process allows TF32 (`torch.backends.cuda.matmul`), here as in PyTorch.
 
@@ -225,15 +236,15 @@ def _parts(keep: int | torch.Tensor | None, m: torch.Tensor) -> tuple[Part, Part
         return None
     if isinstance(keep, int):
         return slice(0, keep), slice(keep, len(m))
-    dropped = torch.ones(len(m), dtype=torch.bool, device=m.device)
-    dropped[keep] = False
-    return keep, dropped.nonzero()[:, 0]
+    kept = torch.zeros(len(m), dtype=torch.uint8, device=m.device).index_fill(0, keep.long(), 1)
+    dropped = kept.argsort(stable=True)[: len(m) - len(keep)]  # nonzero would have the host wait to learn the length
+    return keep, dropped
 
 
 def _over_tokens(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """`Σ_tokens z ⊙ h`, `[k]`, in fp32 or better."""
     if use_triton(z):
-        return column_sums(_rows(z), _rows(h))
+        return masked_sums(_rows(z), _rows(h))
     wide = torch.promote_types(z.dtype, torch.float32)
     return (_rows(z).to(wide) * _rows(h).to(wide)).sum(0)
 

@@ -118,8 +118,8 @@ def nf4_linear(x: torch.Tensor, w: NF4 | Fragments, bias: torch.Tensor | None = 
     """Apply `y = x Wᵀ + b`.
 
     On a GPU weights in the kernels' order are decoded in registers for up to 64 tokens, and unpacked once for more,
-    their levels rounded to x's dtype; no gradient comes back then. Elsewhere, and in the file's order, this is
-    PyTorch's product with `dequantize_nf4`.
+    their levels rounded to x's dtype; gradients come back to x and the bias. Elsewhere, and in the file's order, this
+    is PyTorch's product with `dequantize_nf4`.
 
     Args:
         x: `[..., n]`, floating point.

@@ -27,7 +27,7 @@ def sizes_for(tokens: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def splits_for(tokens: int, inner: int, ranks: int, rows: int, sms: int) -> int:
-    """Programs that share one reduction: about two for each multiprocessor."""
+    """Programs that are to share one reduction: about two for each multiprocessor."""
     wanted = cdiv(2 * sms, cdiv(ranks, rows))
     return max(1, min(wanted, 8 if tokens == 1 else 4, inner // 256))
 

@@ -121,19 +121,31 @@ def counters(device: torch.device, stream: int, count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
+def shares(inner: int, splits: int, step: int) -> tuple[int, int]:
+    """How many programs share a reduction, and how much of it each has: whole steps, so none is left without any.
+
+    Args:
+        inner: n.
+        splits: programs that would be welcome.
+        step: of a program's loop.
+    """
+    chunk = max(1, cdiv(cdiv(inner, splits), step)) * step
+    return max(1, cdiv(inner, chunk)), chunk
+
+
 def shrink(x: torch.Tensor, first: torch.Tensor, splits: int, sizes: dict[str, Any], *, squares: bool) -> Shrunk:
     """Start the kernel.
 
     Args:
         x: `[T, n]`, its last dimension contiguous.
         first: `[R, n]`, contiguous.
-        splits: programs that share one reduction.
+        splits: programs that would be welcome to share one reduction, see `shares`.
         sizes: of tiles, and the compiler's options, see `packed.sizes_for`.
         squares: sum `x²` too.
     """
     (tokens, inner), ranks, device = x.shape, len(first), x.device
     rows, step = sizes["ROWS"], sizes["INNER"]
-    chunk = cdiv(cdiv(inner, splits), step) * step
+    splits, chunk = shares(inner, splits, step)
     summed = tokens == 1 or splits > 1
     partial = x.new_empty(splits, tokens, ranks, dtype=torch.float32) if summed else None
     z = x.new_empty(tokens, ranks) if tokens > 1 else None

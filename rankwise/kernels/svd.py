@@ -9,6 +9,7 @@ transposed first, so that the smaller side is decomposed.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -54,7 +55,8 @@ def svd(
     """Decompose matrices; those of one shape together, on a GPU with the driver that was measured to be fastest.
 
     Args:
-        matrices: W `[m, n]` each, of any float dtype. One fp64 copy is made of all that have the same shape.
+        matrices: W `[m, n]` each, of any float dtype. One fp64 copy is made of all that have the same
+            shape, on a GPU of all.
         metric: None, the inputs' second moments C `[n, n]`, or `(F, C)` with the output gradients' F `[m, m]`; a list
             has one for each matrix. A metric that several matrices share should be the same tensor: then its work is
             done once. Both need be positive semi-definite only, but W is in the null space of neither F (m <= n) nor C
@@ -79,16 +81,25 @@ def svd(
     for i, (w, of_w) in enumerate(zip(matrices, metrics, strict=True)):
         groups[(w.device, min(w.shape), max(w.shape), _sides(w, of_w)[1] is None)].append(i)
     found: dict[int, Svd] = {}
-    for indices in groups.values():
-        with full_precision(matrices[indices[0]].device):
+    for together in _at_once(list(groups.values()), matrices):
+        with full_precision(matrices[together[0][0]].device):
             shared: dict[int, _Side] = {}
-            tasks = [_prepare(matrices[i], metrics[i], i, shared) for i in indices]
-            problems = [task.problem for task in tasks]
+            tasks = [[_prepare(matrices[i], metrics[i], i, shared) for i in indices] for indices in together]
+            problems = [[task.problem for task in group] for group in tasks]
             spectra = decompose(problems, rank=rank, depth=depth, driver=driver, streams=streams)
-            for i, task, (spectrum, name) in zip(indices, tasks, spectra, strict=True):
+            for i, task, (spectrum, name) in zip(*(chain(*part) for part in (together, tasks, spectra)), strict=True):
                 dtype = torch.promote_types(matrices[i].dtype, torch.float32)
                 found[i] = task.factors(spectrum, rank, dtype, name)
     return [found[i] for i in range(len(matrices))]
+
+
+def _at_once(groups: list[list[int]], matrices: Sequence[torch.Tensor]) -> list[list[list[int]]]:
+    """All shapes of a GPU share its streams; elsewhere one shape comes after another, which takes less memory."""
+    by_device: dict[object, list[list[int]]] = defaultdict(list)
+    for indices in groups:
+        device = matrices[indices[0]].device
+        by_device[device if device.type == "cuda" else indices[0]].append(indices)
+    return list(by_device.values())
 
 
 class _Side:

@@ -12,6 +12,7 @@ from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_tri
 
 from bench.gpu.fourbit import works
 from rankwise.errors import RankwiseError
+from rankwise.kernels import fourbit
 from rankwise.kernels.fourbit import product
 from rankwise.kernels.fragments import Fragments, unpack
 from rankwise.kernels.int4 import (
@@ -157,6 +158,49 @@ def test_small_integers_come_out_exact(tokens: int, dtype: torch.dtype) -> None:
     with in_triton():
         y = int4_linear(x, w)
     assert torch.equal(y, exact(KINDS["int4-64"], x, w).to(dtype))  # exact sums, rounded once
+
+
+@needs_triton
+@kinds
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_the_number_of_programs_changes_rounding_alone(
+    kind: Kind, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that share the columns, the last with fewer of them, or none; of one product, and of a pair's first."""
+    v, u = random(kind, 128, 1408), random(kind, 20, 128, seed=1)
+    x, bias = draw(tokens, 1408, dtype=torch.float32), draw(128, dtype=torch.float32)
+    sizes, whole, pairs = fourbit._sizes, [], []
+    for splits in (1, 2, 3, 5):
+
+        def fixed(tokens: int, w: Fragments, *more: Any, n: int = splits) -> tuple[dict[str, int], int]:
+            return sizes(tokens, w, *more)[0], n if w.n == 1408 else 1
+
+        monkeypatch.setattr(fourbit, "_sizes", fixed)
+        with in_triton():
+            whole.append(kind.linear(x, v, bias))
+            pairs.append(kind.lowrank(x, v, u))
+    assert relative_error(whole[0], exact(kind, x, v, bias)) < 1e-5
+    assert all(relative_error(y, whole[0]) < 1e-6 for y in whole)
+    assert all(relative_error(y, pairs[0]) < 1e-6 for y in pairs)
+
+
+@needs_triton
+@kinds
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_come_back(kind: Kind, compiled: bool) -> None:
+    v, u = random(kind, 128, 256), random(kind, 20, 128, seed=1)
+    x, bias = draw(3, 256, dtype=torch.float32).requires_grad_(), torch.zeros(20, device=DEVICE, requires_grad=True)
+
+    def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return kind.lowrank(x, v, u, bias).sum()
+
+    with in_triton():
+        (torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss)(x, bias).backward()
+    weight = kind.dequantize(u, torch.float64) @ kind.dequantize(v, torch.float64)
+    assert x.grad is not None
+    assert bias.grad is not None
+    assert relative_error(x.grad, weight.sum(0).expand(3, -1)) < 1e-5
+    assert torch.equal(bias.grad, torch.full((20,), 3.0, device=DEVICE))
 
 
 @needs_triton

@@ -11,7 +11,8 @@ from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_tri
 
 from bench.gpu.int8 import works
 from rankwise.errors import RankwiseError
-from rankwise.kernels import backend, quantize_int8
+from rankwise.kernels import backend, eightbit, quantize_int8
+from rankwise.kernels.backend import cdiv
 from rankwise.kernels.eightbit import PTX, product, write_out
 from rankwise.kernels.int8 import Int8, align_int8, dequantize_int8, int8_linear, int8_lowrank
 
@@ -134,6 +135,28 @@ def test_every_code_comes_out_exact(tokens: int, dtype: torch.dtype) -> None:
     x = torch.eye(16, dtype=dtype, device=DEVICE)[torch.arange(tokens, device=DEVICE) % 16]
     with in_triton():
         assert torch.equal(int8_linear(x, w), exact(x, w).to(dtype))
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_the_number_of_programs_changes_rounding_alone(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that share the columns, the last with fewer of them; of one product, and of a pair's first."""
+    v, u = align_int8(random(40, 1500)), align_int8(random(20, 40, seed=1))
+    x, bias = draw(tokens, 1500, dtype=torch.float32), draw(40, dtype=torch.float32)
+    sizes, whole, pairs = eightbit._sizes, [], []
+    for splits in (1, 2, 3, 6):
+
+        def fixed(tokens: int, m: int, width: int, sms: int, n: int = splits) -> tuple[dict[str, int], int]:
+            size, _ = sizes(tokens, m, width, sms)
+            return size, cdiv(cdiv(width, size["INNER"]), n) * size["INNER"]
+
+        monkeypatch.setattr(eightbit, "_sizes", fixed)
+        with in_triton():
+            whole.append(int8_linear(x, v, bias))
+            pairs.append(int8_lowrank(x, v, u))
+    assert relative_error(whole[0], exact(x, v, bias)) < 1e-5
+    assert all(relative_error(y, whole[0]) < 1e-6 for y in whole)
+    assert all(relative_error(y, pairs[0]) < 1e-6 for y in pairs)
 
 
 @needs_triton

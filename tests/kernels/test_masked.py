@@ -131,7 +131,9 @@ def test_inputs_stay_as_they_are() -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 
-def everything(x: torch.Tensor, *others: torch.Tensor | None, keep: torch.Tensor | None = None) -> list[torch.Tensor]:
+def everything(
+    x: torch.Tensor, *others: torch.Tensor | None, keep: int | torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """y and the gradients of all tensors."""
     leaves = [x, *(tensor for tensor in others if tensor is not None)]
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -191,23 +193,74 @@ def test_a_prefix_on_the_device_means_the_same_in_pytorch() -> None:
 @needs_triton
 def test_whole_numbers_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
-    made = [
-        torch.randint(-3, 4, size, generator=generator).float().to(DEVICE)
-        for size in ((9, 40), (20, 40), (20,), (30, 20))
-    ]
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float().to(DEVICE)
+
+    x, v, m, u, g = whole(9, 40), whole(20, 40), whole(20), whole(30, 20), whole(9, 30)
     with in_triton():
-        found = everything(*made)
-    assert torch.equal(found[0], (made[0] @ made[1].T * made[2]) @ made[3].T)
+        leaves = [t.clone().requires_grad_() for t in (x, v, m, u)]
+        y = masked_matmul(*leaves)
+        y.backward(g)
+    h, dz = x @ v.T, g @ u
+    exact = [(dz * m) @ v, (dz * m).T @ x, (h * dz).sum(0), g.T @ (h * m)]
+    assert torch.equal(y, (h * m) @ u.T)
+    assert all(torch.equal(leaf.grad, wanted) for leaf, wanted in zip(leaves, exact, strict=True))
 
 
 @needs_triton
-def test_a_transposed_input_and_a_slice_of_factors() -> None:
-    x, v, mask, u = tensors(24, 40, 30, 32, torch.float32, bias=False)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_a_mask_of_ones_is_the_dense_chain(dtype: torch.dtype) -> None:
+    x, v, mask, u = tensors(33, 48, 20, 30, dtype, bias=False)
+    with in_triton():
+        y, dx, dv, _, du = everything(x, v, torch.ones_like(mask), u)
+    leaves = [t.double().requires_grad_() for t in (x, v, u)]
+    exact = leaves[0] @ leaves[1].T @ leaves[2].T
+    (exact * draw(33, 30, dtype=dtype, seed=9).double()).sum().backward()
+    for ours, wanted in zip((y, dx, dv, du), (exact.detach(), *(leaf.grad for leaf in leaves)), strict=True):
+        assert relative_error(ours, wanted) <= TOLERANCE[dtype]
+
+
+@needs_triton
+@pytest.mark.parametrize("keep", [0, 1, 17, torch.tensor([0, 2, 9, 15]), torch.tensor([], dtype=int)])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_a_promised_mask_where_kernels_sum_its_gradient(dtype: torch.dtype, keep: int | torch.Tensor) -> None:
+    """The library does the products, `column_sums` the mask's gradient."""
+    x, v, _, u = tensors(14, 30, 20, 24, dtype, bias=False)
+    hard = torch.zeros(20, device=DEVICE)
+    hard[slice(keep) if isinstance(keep, int) else keep] = 1
+    wanted = everything(*(t.double() for t in (x, v, hard, u)))
+    with in_triton():
+        found = everything(x, v, hard, u, keep=keep)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert relative_error(ours, exact) <= TOLERANCE[dtype] if exact.any() else not ours.any()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_a_transposed_input_and_a_slice_of_factors(dtype: torch.dtype) -> None:
+    x, v, mask, u = tensors(24, 40, 30, 32, dtype, bias=False)
     strided = x.T.contiguous().T, torch.cat([v, v], 1)[:, :40], mask, torch.cat([u, u], 1)[:, :30]
     with in_triton():
         found = everything(*strided)
     for ours, wanted in zip(found, everything(*(t.double() for t in (x, v, mask, u))), strict=True):
-        assert relative_error(ours, wanted) <= 1e-5
+        assert relative_error(ours, wanted) <= TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are captured on a GPU alone")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_captured_graph_learns_the_rank_when_it_is_replayed(dtype: torch.dtype) -> None:
+    x, v, mask, u = tensors(40, 64, 128, 48, dtype, bias=False)
+    rank = torch.tensor(17, dtype=torch.int32, device=DEVICE)
+    masked_matmul(x, v, mask, u, None, rank)  # compiled before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = masked_matmul(x, v, mask, u, None, rank)
+    for kept in (17, 100, 0, 128):
+        rank.fill_(kept)
+        graph.replay()
+        exact = (x.double() @ v[:kept].double().T * mask[:kept].double()) @ u[:, :kept].double().T
+        assert relative_error(y, exact) <= TOLERANCE[dtype] if kept else not y.any()
 
 
 @needs_triton
@@ -316,6 +369,29 @@ def test_it_compiles_into_one_graph_with_its_gradient() -> None:
         whole = torch.compile(loss, backend="aot_eager", fullgraph=True)(m)
         (compiled,) = torch.autograd.grad(whole, m)
         (eager,) = torch.autograd.grad(loss(m), m)
+    assert relative_error(compiled, eager) < 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("how", ["probe", "prefix", "index"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_what_the_library_multiplies_compiles_into_one_graph_too(how: str, kernels: str) -> None:
+    """`mask_probe`, and promised masks, whose products are the library's."""
+    x, v, _, u = layer()
+    y, keep = draw(5, 32, dtype=torch.float32), 17 if how == "prefix" else torch.arange(3, 40, 4, device=DEVICE)
+    m = torch.zeros(64, device=DEVICE)
+    m[slice(keep) if isinstance(keep, int) else keep] = 1
+    m.requires_grad_()
+
+    def loss(m: torch.Tensor) -> torch.Tensor:
+        out = mask_probe(y, x, v, m, u) if how == "probe" else masked_matmul(x, v, m, u, None, keep)
+        return (out * y).sum() + out.square().sum()
+
+    with backend(kernels):
+        whole = torch.compile(loss, backend="aot_eager", fullgraph=True)(m)
+        (compiled,) = torch.autograd.grad(whole, m)
+        (eager,) = torch.autograd.grad(loss(m), m)
+    assert eager.any()
     assert relative_error(compiled, eager) < 1e-6
 
 

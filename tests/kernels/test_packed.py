@@ -17,7 +17,8 @@ from rankwise.kernels.backend import backend, capability
 from rankwise.kernels.expand import TILE
 from rankwise.kernels.members import Member
 from rankwise.kernels.pack import table_of
-from rankwise.kernels.packed import packed, run
+from rankwise.kernels.packed import packed, run, splits_for
+from rankwise.kernels.shrink import shares
 
 N = 300  # more than one split of the reduction, and no multiple of anything
 
@@ -93,15 +94,17 @@ def test_triton_runs_every_kind_at_once(tokens: int, dtype: torch.dtype, extras:
 @needs_triton
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("kinds", [("lowrank", "lowrank"), ("dense", "dense"), ("lowrank", "dense")], ids="+".join)
-def test_gate_and_up(tokens: int, kinds: tuple[str, str]) -> None:
-    members = [member(kind, 70, 24, torch.float32, seed=i) for i, kind in enumerate(kinds)]
-    x, residual = draw(tokens, N, dtype=torch.float32), draw(tokens, 70, dtype=torch.float32)
-    bias = [draw(70, dtype=torch.float32), None]
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_gate_and_up(tokens: int, kinds: tuple[str, str], dtype: torch.dtype) -> None:
+    members = [member(kind, 70, 24, dtype, seed=i) for i, kind in enumerate(kinds)]
+    x, residual = draw(tokens, N, dtype=dtype), draw(tokens, 70, dtype=dtype)
+    bias = [draw(70, dtype=dtype), None]
     with in_triton():
         y = packed_linear(x, pack(members, bias), residual, swiglu=True)
     gate = alone(x, members[0]) + bias[0].double()
     exact = torch.nn.functional.silu(gate) * alone(x, members[1]) + residual.double()
-    assert relative_error(y, exact) < 1e-5
+    assert y.dtype == dtype
+    assert relative_error(y, exact) < TOLERANCE[dtype]
 
 
 @needs_triton
@@ -129,12 +132,27 @@ def test_packed_is_what_the_layers_are_alone_to_the_bit() -> None:
     assert torch.equal(y, single)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 20_000), st.integers(1, 8), st.sampled_from([64, 128, 512]))
+def test_every_split_has_something_to_do(inner: int, wanted: int, step: int) -> None:
+    splits, chunk = shares(inner, wanted, step)
+    assert 1 <= splits <= wanted
+    assert (splits - 1) * chunk < inner <= splits * chunk
+    assert chunk % step == 0
+
+
+def test_splits_of_one_size_go_without_a_remainder() -> None:
+    """5 splits of 4,096 columns would be of 1,024, and the fifth would have none."""
+    assert splits_for(1, 4096, 1024, 16, 132) == 5
+    assert shares(4096, 5, 512) == (4, 1024)
+
+
 @needs_triton
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_the_number_of_splits_changes_rounding_alone(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, group = draw(tokens, 2048, dtype=torch.float32), pack([member("lowrank", 40, 24, torch.float32, 2048)])
     outcomes = []
-    for splits in (1, 2, 3, 8):
+    for splits in (1, 2, 3, 5, 8):
         monkeypatch.setattr("rankwise.kernels.packed.splits_for", lambda *_, n=splits: n)
         with in_triton():
             outcomes.append(packed_linear(x, group))
@@ -153,6 +171,44 @@ def test_whole_numbers_are_exact_and_calls_repeat(tokens: int) -> None:
         first, second = (lowrank_linear(x, v, u) for _ in range(2))
     assert torch.equal(first, x @ v.T @ u.T)
     assert torch.equal(second, first)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_one_hot_inputs_read_columns(tokens: int, dtype: torch.dtype) -> None:
+    """Of every kind of member; numbers whose sums are exact."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).to(DEVICE, dtype)
+
+    w, v, u, b, c = whole(50, N), whole(24, N), whole(70, 24), whole(16, N), whole(24, 16)
+    index = torch.randperm(40, generator=generator).to(DEVICE, torch.int32)
+    pivot = torch.cat([b.double(), c.double() @ b.double()])[index.long()]
+    weight = torch.cat([w.double(), u.double() @ v.double(), pivot])
+    columns = torch.arange(tokens, device=DEVICE) * 70 + 3
+    with in_triton():
+        y = packed_linear(
+            torch.eye(N, dtype=dtype, device=DEVICE)[columns], pack([Dense(w), LowRank(v, u), Pivot(index, b, c)])
+        )
+    assert torch.equal(y.double(), weight.T[columns])
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dense", [48, 50, 54])
+def test_components_begin_anywhere_behind_a_dense_layer(dense: int, tokens: int) -> None:
+    """At a multiple of 8 or not, whatever the number of all components is."""
+    generator = torch.Generator().manual_seed(dense)
+    w, v, u, x = (
+        torch.randint(-3, 4, size, generator=generator).float().to(DEVICE)
+        for size in ((dense, 600), (24, 600), (40, 24), (tokens, 600))
+    )
+    with in_triton():
+        y = packed_linear(x, pack([Dense(w), LowRank(v, u), Dense(w[:6]), LowRank(v, u)]))
+    exact = [x @ w.T, x @ v.T @ u.T, x @ w[:6].T, x @ v.T @ u.T]
+    assert torch.equal(y, torch.cat(exact, -1))
 
 
 @needs_triton
@@ -223,6 +279,26 @@ def test_a_folded_norm_holds_in_half_precision(tokens: int) -> None:
     wide = x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert relative_error(y, alone(normed, low)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are captured on a GPU alone")
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_captured_graph_gives_the_same_at_every_replay(tokens: int) -> None:
+    """The counters of programs that share a reduction are zero again after each."""
+    layer = member("lowrank", 512, 64, torch.bfloat16, 4096)
+    assert isinstance(layer, LowRank)
+    group, x = pack([layer]), draw(tokens, 4096, dtype=torch.bfloat16)
+    assert splits_for(tokens, 4096, 64, 32, 132) > 1
+    expected = packed_linear(x, group)  # compiled before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = packed_linear(x, group)
+    for sign in (1, -1, 1):
+        x.copy_(draw(tokens, 4096, dtype=torch.bfloat16) * sign)
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected * sign)
+    assert relative_error(y, alone(x, layer)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.skipif(capability(torch.device(DEVICE)) < 90, reason="needs compute capability 9.0")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tensors import DEVICE, TOLERANCE, draw, relative_error
+from tensors import DEVICE, TOLERANCE, TRITON_DTYPES, draw, in_triton, needs_triton, relative_error
 
 from rankwise.kernels import pivot_linear
 
@@ -38,6 +38,24 @@ def test_equals_the_dense_product(dtype: torch.dtype, leading: tuple[int, ...], 
 def test_any_rank_and_any_order_of_rows(rank: int, seed: int) -> None:
     weight, index, basis, coeff = layer(rank, seed)
     assert relative_error(pivot_linear(draw(5, N), index, basis, coeff), draw(5, N) @ weight.T) < 1e-13
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_one_hot_inputs_read_columns(rank: int, dtype: torch.dtype) -> None:
+    """All of them, one after another; small whole numbers, so that every sum is exact."""
+    generator = torch.Generator().manual_seed(rank)
+    basis, coeff = (
+        torch.randint(-3, 4, size, generator=generator).to(DEVICE, dtype) for size in ((rank, N), (M - rank, rank))
+    )
+    index = torch.randperm(M, generator=generator).to(DEVICE, torch.int32)
+    weight = torch.cat([basis.double(), coeff.double() @ basis.double()])[index.long()]
+    with in_triton():
+        y = pivot_linear(torch.eye(N, dtype=dtype, device=DEVICE), index, basis, coeff)
+        single = [pivot_linear(row, index, basis, coeff) for row in torch.eye(N, dtype=dtype, device=DEVICE)]
+    assert torch.equal(y.double(), weight.T)
+    assert torch.equal(torch.stack(single), y)
 
 
 def test_gradient_reaches_the_input() -> None:

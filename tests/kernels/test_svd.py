@@ -1,5 +1,8 @@
 """Decompositions in a metric against LAPACK in fp64: reconstruction, spectrum, excess error, and what is refused."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from bench.gpu.work import Work
 from rankwise.errors import RankwiseError
 from rankwise.kernels import drivers
 from rankwise.kernels.drivers import DRIVERS
-from rankwise.kernels.eigen import on_streams
+from rankwise.kernels.eigen import eigh, put_back, shared_out
 from rankwise.kernels.svd import Metric, Svd, svd
 
 SHAPES = [pytest.param(m, n, id=f"{m}x{n}") for m, n in [(12, 20), (16, 16), (20, 12), (1, 8), (8, 1), (1, 1)]]
@@ -77,16 +80,22 @@ def test_equals_numpy(m: int, n: int, sides: int) -> None:
 @METRICS
 @NAMES
 @pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24)], ids=["wide", "tall"])
-def test_every_driver_is_right_to_its_depth(m: int, n: int, sides: int, driver: str) -> None:
-    w, of = spectrum(torch.logspace(0, -2, 24), 40), metric(m, n, sides)
-    w = w if m < n else w.mT
-    (found,) = svd([w], of, driver=driver)
-    single = DRIVERS[driver].dtype == torch.float32
-    energy = np.linalg.svd(in_metric(w, of), compute_uv=False)
-    assert relative_error(found.u @ found.v, w) <= (1e-5 if single else 1e-11)
-    for k in (4, 10, 16, 23):
-        if energy[k - 1] / energy[0] >= DRIVERS[driver].depth:
-            assert excess(w, of, found, k) <= (3e-4 if single else 1e-6)
+def test_vectors_are_orthogonal_in_the_metric(m: int, n: int, sides: int, driver: str) -> None:
+    """As far down as the driver reaches: `uᵀ F u` and `v C vᵀ` are diagonal, and their product is the energy."""
+    w, of = spectrum(torch.logspace(0, -1, 24), 40), metric(m, n, sides)
+    (found,) = svd([w if m < n else w.mT], of, driver=driver)
+    f, c = of if isinstance(of, tuple) else (None, of)
+    u, v = found.u.double(), found.v.double()
+    left = u.mT @ (u if f is None else f.double() @ u)
+    right = (v if c is None else v @ c.double()) @ v.mT
+    bound = 2e-3 if DRIVERS[driver].dtype == torch.float32 else 1e-8
+    k = int(((found.energy / found.energy[0]).sqrt() >= DRIVERS[driver].depth).sum())
+    assert k >= 8
+    for gram in (left, right):
+        long = gram.diagonal().sqrt()
+        cosines = gram / (long[:, None] * long) - torch.eye(24, device=DEVICE)
+        assert float(cosines[:k, :k].abs().max()) <= bound
+    assert relative_error(left.diagonal() * right.diagonal(), found.energy) <= bound
 
 
 @needs_triton
@@ -237,18 +246,43 @@ def test_options_are_checked(options: dict[str, object]) -> None:
         svd([torch.ones(2, 3)], **options)
 
 
-def test_a_driver_that_fails_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> list[object]:
-        raise torch.linalg.LinAlgError("no convergence")
+def failing(error: Exception) -> drivers.Algorithm:
+    """A driver that comes to nothing once it runs."""
 
+    def job() -> list[drivers.Spectrum]:
+        raise error
+
+    return lambda *_: [job]
+
+
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("no convergence"), torch.OutOfMemoryError("no memory")])
+def test_a_driver_that_fails_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     w = draw(12, 20)
     for name in ("eigh32", "mixed", "eigh64"):
-        monkeypatch.setitem(DRIVERS, name, drivers.Driver(broken, DRIVERS[name].dtype, DRIVERS[name].depth))
+        monkeypatch.setitem(DRIVERS, name, drivers.Driver(failing(error), DRIVERS[name].dtype, DRIVERS[name].depth))
     monkeypatch.setattr(drivers, "ranking", lambda *_: ["eigh64", "svd"])
     (found,) = svd([w])
     assert found.driver == "svd"
-    with pytest.raises(torch.linalg.LinAlgError, match="eigh64: no convergence"):
+    text = "eigh64: no convergence" if isinstance(error, torch.linalg.LinAlgError) else "no memory"
+    with pytest.raises(type(error), match=text):
         svd([w], driver="eigh64")
+
+
+def test_a_shape_whose_driver_fails_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes run together, and are judged one by one."""
+
+    def broken_at_12(problems: Sequence[drivers.Problem], *more: Any) -> list[drivers.Job]:
+        run = failing(torch.linalg.LinAlgError("no")) if len(problems[0].rows) == 12 else eigh
+        return run(problems, *more)
+
+    monkeypatch.setitem(DRIVERS, "eigh64", drivers.Driver(broken_at_12, torch.float64, 1e-6))
+    monkeypatch.setattr(drivers, "ranking", lambda *_: ["eigh64", "svd"])
+    groups = [[drivers.Problem(draw(size, 20, seed=i)) for i in range(2)] for size in (9, 12, 10)]
+    found = drivers.decompose(groups, rank=None, depth=1e-6, driver="auto", streams=3)
+    assert [[name for _, name in group] for group in found] == [["eigh64"] * 2, ["svd"] * 2, ["eigh64"] * 2]
+    for problems, spectra in zip(groups, found, strict=True):
+        for problem, (spectrum, _) in zip(problems, spectra, strict=True):
+            assert relative_error(spectrum.energy, torch.linalg.svdvals(problem.rows).square()) <= 1e-12
 
 
 # --- choosing and running ---------------------------------------------------------------------------------------------
@@ -269,6 +303,39 @@ def test_times_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert drivers.measured(["svd"], problems, 1) == {"svd": 7.0}
 
 
+def test_loading_and_compiling_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run, of one problem, takes long; so would any driver's that compiles."""
+    seen: list[int] = []
+    now = [0.0]
+
+    def compiles(problems: Sequence[drivers.Problem], *more: Any) -> list[drivers.Job]:
+        now[0] += 0.001 if seen else 60.0
+        seen.append(len(problems))
+        return eigh(problems, *more)
+
+    monkeypatch.setattr(drivers, "perf_counter", lambda: now[0])
+    monkeypatch.setitem(DRIVERS, "eigh64", drivers.Driver(compiles, torch.float64, 1e-6))
+    seconds = drivers._seconds("eigh64", [drivers.Problem(draw(6, 9))] * 3, 1, 0.001)
+    assert seconds == pytest.approx(0.001)
+    assert seen == [1, 3, 3]
+
+
+class DoesNotFit(Exception):
+    """As Triton's own errors, no RuntimeError."""
+
+
+def test_a_kernel_that_does_not_fit_is_a_driver_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [drivers.Problem(draw(6, 9))]
+    for trouble in (DoesNotFit(), torch.OutOfMemoryError(), RuntimeError()):
+        monkeypatch.setitem(DRIVERS, "jacobi32", drivers.Driver(failing(trouble), torch.float32, 1e-4))
+        assert drivers._seconds("jacobi32", problems, 1, drivers.FAILED) == drivers.FAILED
+    monkeypatch.setitem(
+        DRIVERS, "jacobi32", drivers.Driver(failing(RankwiseError("metric", "indefinite", "")), torch.float32, 1e-4)
+    )
+    with pytest.raises(RankwiseError, match="indefinite"):
+        drivers._seconds("jacobi32", problems, 1, drivers.FAILED)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="streams need a GPU")
 def test_streams_give_the_same_as_one_after_the_other() -> None:
     ws = [draw(96, 128, seed=i, dtype=torch.float32) for i in range(7)]
@@ -276,10 +343,21 @@ def test_streams_give_the_same_as_one_after_the_other() -> None:
     assert all(torch.equal(a.energy, b.energy) for a, b in zip(alone, together, strict=True))
 
 
-def test_jobs_keep_their_order() -> None:
-    jobs = [lambda i=i: drivers.Spectrum(draw(2, 2, seed=i), draw(2, seed=i)) for i in range(5)]
-    found = on_streams(jobs, draw(1), 3)
-    assert all(torch.equal(f.basis, draw(2, 2, seed=i)) for i, f in enumerate(found))
+@given(st.lists(st.floats(0.5, 100), min_size=1, max_size=20), st.integers(1, 5))
+def test_lanes_share_the_work_and_results_keep_the_jobs_order(costs: list[float], lanes: int) -> None:
+    lanes = min(lanes, len(costs))
+    mine = shared_out(costs, lanes)
+    assert sorted(i for numbers in mine for i in numbers) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in numbers) for numbers in mine]
+    assert min(loads) > 0
+    assert max(loads) - min(loads) <= max(costs) * (1 + 1e-9)
+    assert put_back(mine, [[f"job {i}" for i in numbers] for numbers in mine]) == [
+        f"job {i}" for i in range(len(costs))
+    ]
+
+
+def test_a_costly_job_has_a_lane_to_itself() -> None:
+    assert shared_out([1, 1, 5, 1, 1, 1], 2) == [[2], [0, 1, 3, 4, 5]]
 
 
 @needs_triton
