@@ -138,5 +138,6 @@ def overload() -> str:
     return (
         f"{markdown(heads, body)}\n`{row['model']}` in {row['dtype']}, {row['device']}, {row['max_sequences']} "
         f"sequences at once and {row['max_queue']} that wait, prompts of {row['prompt']} tokens, {row['tokens']} new "
-        f"ones, {row['rounds']} rounds in turn; the wait in the queue is part of the first token's time. {versions(row)}.\n"
+        f"ones, {row['rounds']} rounds in turn; the wait in the queue is part of the first token's time. "
+        f"{versions(row)}.\n"
     )
