@@ -30,6 +30,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "global, two texts, channels": ("global", {"channel_multiple": 64}),
     "global, two texts, channels, no pivot": ("global", {"channel_multiple": 64, "kinds": PLAIN}),
     "rankwise": ("rankwise", {}),
+    "rankwise, no pivot": ("rankwise", {"kinds": PLAIN}),
     "SVD-LLM v2": ("svd-llm-v2", {}),
     "D-Rank": ("d-rank", {}),
     "ARA, as published": ("ara", {"faithful": True}),
@@ -48,6 +49,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 SOME: dict[str, tuple[float, ...]] = {  # rows that take a method apart, and where
     "rankwise, one text, all channels": (0.8,),
+    "rankwise, no pivot": (0.8,),
     "ARA, mended, pivot, from global": (0.8,),
     "LLRC, any-k, whitened": (0.8,),
     LONGER: (0.8,),
@@ -61,7 +63,7 @@ def cases() -> list[Case]:
     rows = [Case("dense", "", 1.0)]
     for ratio in RATIOS:
         for name, (method, settings) in ENTRIES.items():
-            more = BOTH if name == "rankwise" or "two texts" in name else {}
+            more = BOTH if "two texts" in name or name in ("rankwise", "rankwise, no pivot") else {}
             rows.append(Case(name, method, ratio, settings, refit=method == "rankwise", **more))
         rest = BOTH | {"refit": True, "learn": ("wikitext2+c4",)}
         rows.append(Case(MORE_TEXT, "rankwise", ratio, **rest))

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,8 +234,8 @@ def identity(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def parse() -> argparse.Namespace:
-    """Options of the command line."""
+def parse(arguments: Sequence[str] | None = None, out: Path = RESULTS / "cpu" / "tradeoff.jsonl") -> argparse.Namespace:
+    """Options of the command line, or of these arguments; rows go to `out` unless they say otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_options(parser)
     parser.add_argument("--model", default=EMBEDDED)
@@ -247,8 +247,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64, help="windows for the input moments")
     parser.add_argument("--gradient-samples", type=int, default=24, help="windows for the output gradients")
     parser.add_argument("--work", type=Path, default=Path("build/tradeoff"), help="curvature, factors, rounded layers")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "tradeoff.jsonl")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, default=out)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -180,12 +180,14 @@ def stored_choices(
     return StoredChoices(tuple(kinds), np.array(ranks_), np.array(cost), np.array(loss), m * n, tuple(stored))
 
 
-def priced(plan: RankPlan, method: Method, scores: Scores, table: RoundingTable) -> RankPlan:
+def priced(
+    plan: RankPlan, method: Method, scores: Scores, table: RoundingTable, trust: Trust | None = None
+) -> RankPlan:
     """The same plan with the loss that `joint_plan` would predict for each layer, however it was made."""
-    layers = {}
+    layers, trust = {}, trust or Trust()
     for name, spec in plan:
         tail = _tail(method, name, scores)
-        loss = _losses(tail, name, table, spec.kind, np.array([spec.rank]), spec.precision, Trust())
+        loss = _losses(tail, name, table, spec.kind, np.array([spec.rank]), spec.precision, trust)
         layers[name] = replace(spec, loss=float(loss[0]) + _gone(name, scores))
     return replace(plan, layers=layers)
 
