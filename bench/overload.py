@@ -30,7 +30,7 @@ import torch
 from openai import APIError, AsyncOpenAI, RateLimitError
 
 from bench.gpu import lines
-from bench.soak import numbers
+from bench.soak import ended, numbers
 from rankwise.provenance import versions
 from rankwise.zoo import EMBEDDED
 
@@ -65,7 +65,7 @@ class Seen:
     Args:
         ended: how requests ended: `completed`, `refused`, or in a way that they should not.
         first: seconds to the first token, of those that completed.
-        each: seconds for each further token, of the same.
+        each: seconds for each further token, of the same; a first token that shows no text yet counts as the next.
         running: sequences at once, at most, by the server's metrics.
         seconds: that it took.
     """
@@ -231,7 +231,10 @@ def parse() -> argparse.Namespace:
         "--factor", type=float, default=1.5, help="that a token may take longer under four times the load"
     )
     parser.add_argument("--out", type=Path, help="a file of JSON lines")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.tokens < 2:
+        parser.error(f"--tokens {options.tokens}: 2 at least")
+    return options
 
 
 def main() -> int:
@@ -247,7 +250,7 @@ def main() -> int:
             seen, ratios = compare(json.loads(line)["url"], "pressed", options.max_sequences, work, options.rounds)
         finally:
             server.terminate()
-        code = server.wait(60)
+        code = ended(server)
     loads = {name: figures(one, options.tokens) for name, one in seen.items()}
     wrong = complaints(loads, options.max_sequences, options.factor) + ([f"exit code {code}"] if code else [])
     row = json.dumps(facts(options) | {"loads": loads, "ratios": ratios, "complaints": wrong})

@@ -128,7 +128,7 @@ def soak() -> str:
 def overload() -> str:
     """Latency of accepted requests under one and four times the load: a row a load."""
     row = read("cpu/overload.jsonl")[-1]
-    heads = ["clients", "completed", "refused (429)", "first token, p50", "p95", "each further token, p50", "p95 "]
+    heads = ["clients", "completed", "refused (429)", "first token, p50", "p95", "each further token, p50", "p95"]
     body = []
     for name, load in row["loads"].items():
         clients = row["max_sequences"] * int(name.removesuffix("x"))

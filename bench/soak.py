@@ -160,6 +160,15 @@ def soak(url: str, model: str, process: psutil.Process, mix: Mix, track: Track =
     return {"clients": dict(ended), "server": outcomes, "left": left, "memory": memory, **rate}
 
 
+def ended(server: subprocess.Popen[str]) -> int:
+    """The exit code of a server that was asked to end; it is killed if it does not."""
+    try:
+        return server.wait(60)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        return server.wait()
+
+
 def main() -> int:
     """Soak, and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,6 +180,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="append the result to this file")
     options = parser.parse_args()
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     command = [str(Path(sys.executable).with_name("rankwise")), *SERVE, "--name", "soaked", options.model]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -182,7 +193,7 @@ def main() -> int:
         mix = Mix(options.requests, options.together, tokens=options.tokens, seed=options.seed)
         result = soak(where["url"], "soaked", psutil.Process(server.pid), mix, on_terminal)
         server.terminate()
-        result |= {"exit_code": server.wait(60), "requests": mix.requests, "together": mix.together}
+        result |= {"exit_code": ended(server), "requests": mix.requests, "together": mix.together}
     growth = max(result["memory"]) - result["memory"][0]
     facts = {"bench": "soak", "versions": versions(), "model": options.model, "queue": QUEUE}
     line = json.dumps(facts | result | {"growth": round(growth, 1)})

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,9 +184,11 @@ def main() -> None:
         model = model.bfloat16()
     facts = identity(options)
     before = [row for row in kept_rows(options.out, facts) if row["plain"] == options.plain]
+    if any("moments" not in row for row in before):
+        sys.exit(f"{options.out} holds rows that do not say which moments they saw: give --out, or remove it")
     bench = prepare(model, tokenizer, options)
     facts |= {"moments": bench.moments}
-    if any(row.get("moments") != bench.moments for row in before):
+    if any(row["moments"] != bench.moments for row in before):
         sys.exit(f"{options.out} holds rows of other moments than those in {bench.folder}: give --out, or remove it")
     there = {(row["name"], row["asked"]) for row in before}
     tests = {domain: test_windows(domain, options, tokenizer) for domain in ("wikitext2", "c4")}
@@ -234,8 +236,8 @@ def identity(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def parse(arguments: Sequence[str] | None = None, out: Path = RESULTS / "cpu" / "tradeoff.jsonl") -> argparse.Namespace:
-    """Options of the command line, or of these arguments; rows go to `out` unless they say otherwise."""
+def parse(out: Path = RESULTS / "cpu" / "tradeoff.jsonl") -> argparse.Namespace:
+    """Options of the command line; rows go to `out` unless they say otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_options(parser)
     parser.add_argument("--model", default=EMBEDDED)
@@ -248,7 +250,7 @@ def parse(arguments: Sequence[str] | None = None, out: Path = RESULTS / "cpu" / 
     parser.add_argument("--gradient-samples", type=int, default=24, help="windows for the output gradients")
     parser.add_argument("--work", type=Path, default=Path("build/tradeoff"), help="curvature, factors, rounded layers")
     parser.add_argument("--out", type=Path, default=out)
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def _within(
             best = plan
         if 0 <= left <= method.tolerance * budget.size / 2 or (left < 0 and plan.bytes == lowest):
             break
+        target = max(target, lowest)
         target = target + left if left >= 0 else min(target, plan.bytes) + left  # below a plan that is too large
     best = best or plan_within(method, store, choices, lowest)
     least = checkpoint_bytes(best, others, dtype)

@@ -11,7 +11,7 @@ LESS = ("microseconds", "seconds", "memory", "error")  # figures that are to be 
 def judged(goal: Goal, row: dict[str, Any]) -> dict[str, Any]:
     """A goal with the figure that was reached, None where that was not measured.
 
-    Peers are named by how they begin; the best of them counts, and nothing does if one of them would not run.
+    Peers are named by how they begin; the best peer counts, and nothing does if one of them would not run.
     """
     found = {"figure": goal.figure, "peer": goal.peer, "goal": goal.at}
     reached = compared(goal, row) if goal.figure in ("speedup", "memory") else {"reached": figure(goal, row)}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def check(minutes: float) -> dict[str, Any]:
             code: int | None = run.wait(60 * minutes)
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(run.pid, signal.SIGKILL)  # the workers too, which hold the device
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)  # the workers too, which hold the device
             run.wait()
         log.seek(0)
         output = log.read()

@@ -18,7 +18,7 @@ class Contest:
         ours: returns a tensor, or a tuple of tensors.
         peers: name (with its version where it is a library) to a call for comparison, of the same work unless its name
             says otherwise.
-        reference: the answer in fp64, as `ours` returns it; called once, not timed.
+        reference: the answer in fp64, as `ours` returns it; not timed.
         tolerance: of ‖y - reference‖ / ‖reference‖, for ours.
         clock: seconds of `ours` and of every peer by name, each as often as it was measured; and peers that would not
             run, with the reason. None: calls are timed.

@@ -7,7 +7,6 @@ Choices are drawn with a seed; every one is carried out alone in the otherwise d
 bench/results/cpu/studies.choices.jsonl; interrupted, the same command goes on.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -32,7 +31,7 @@ from rankwise.progress import on_terminal
 from rankwise.storage import Precision
 from rankwise.zoo import load_model, quiet_transformers
 
-COUNT = 96  # choices
+COUNT = 96  # choices, each of another layer
 STEP = 64  # ranks are multiples of it, which blocks of all precisions but int4 by 128 divide
 SHARES = (0.2, 0.8)  # of the full rank, between which ranks are drawn
 CAUSES = ("ranks", "rounding", "ranks and rounding")
@@ -47,10 +46,10 @@ def draw(shapes: dict[str, tuple[int, int]], count: int, seed: int = 0) -> list[
         name, kind, precision = dice.choice(list(shapes)), dice.choice(KINDS), dice.choice(precisions)
         m, n = shapes[name]
         full = min(m, n)
-        rank = full if kind == "dense" else round(full * dice.uniform(*SHARES) / STEP) * STEP
+        rank = full if kind == "dense" else max(1, round(full * dice.uniform(*SHARES) / STEP)) * STEP
         if (kind == "dense" and not precision.quantised) or n % precision.block:
             continue
-        if layer_parameters(kind, rank, m, n) <= m * n:
+        if layer_parameters(kind, rank, m, n) <= m * n and all(entry[0] != name for entry in found):
             found.append((name, LayerSpec(kind, m, n, rank).stored_as(precision)))
     return found
 
@@ -106,10 +105,7 @@ def drawn(axes: Axes, rows: list[dict[str, Any]], dense: dict[str, float]) -> No
 
 def main() -> None:
     """Measure every choice that is missing, and draw."""
-    extra = argparse.ArgumentParser(add_help=False)
-    extra.add_argument("--count", type=int, default=COUNT)
-    own, rest = extra.parse_known_args()
-    options = tradeoff.parse(rest, tradeoff.RESULTS / "cpu" / "studies.choices.jsonl")
+    options = tradeoff.parse(tradeoff.RESULTS / "cpu" / "studies.choices.jsonl")
     quiet_transformers()
     model, tokenizer = load_model(options.model, "fp32")
     rotate(model)
@@ -118,7 +114,7 @@ def main() -> None:
     rows = kept_rows(options.out, facts)
     there = {(row["layer"], row["kind"], row["rank"], row["precision"]) for row in rows}
     tests = {text: test_windows(text, options, tokenizer) for text in ("wikitext2", "c4")}
-    todo = [("", None), *draw(bench.shapes, own.count)]
+    todo = [("", None), *draw(bench.shapes, COUNT)]
     with on_terminal("choices", len(todo)) as advance:
         for name, spec in todo:
             key = (name, "", 0, "") if spec is None else (name, spec.kind, spec.rank, str(spec.precision))
@@ -136,7 +132,7 @@ def main() -> None:
     figure("predicted-choices", lambda axes: drawn(axes, changed, dense))
     for name in CAUSES:
         own = [row for row in changed if cause(row) == name]
-        ratio = sum(nats(row, dense) for row in own) / sum(sum(row["predicted"].values()) for row in own)
+        ratio = sum(nats(r, dense) for r in own) / (sum(sum(r["predicted"].values()) for r in own) or math.nan)
         print(f"{name}: {len(own)} choices, measured over predicted {ratio:.2f}")  # noqa: T201
 
 

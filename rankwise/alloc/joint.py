@@ -121,7 +121,11 @@ def require_bytes(
 def smallest_plan(
     method: Method, shapes: dict[str, tuple[int, int]], precisions: Sequence[Precision], dtype: str
 ) -> RankPlan:
-    """The plan of fewest bytes; raises a RankwiseError if some layer may become nothing at all."""
+    """The plan of fewest bytes, of all widths; arguments are those of `joint_plan`.
+
+    Raises:
+        RankwiseError: some layer may become nothing at all.
+    """
     layers = {}
     for name, (m, n) in shapes.items():
         found = []
@@ -136,10 +140,11 @@ def smallest_plan(
 
 
 def _nothing(name: str, columns: int, precisions: Sequence[Precision]) -> RankwiseError:
-    """Why a layer of so many columns may become nothing."""
-    for precision in precisions:
+    """Why a layer of so many columns may become nothing: its group, where no precision's fits, or its kinds."""
+    fitting = [precision for precision in precisions if columns % precision.block == 0]
+    if not fitting:
         try:
-            precision.require_blocks(f"in_features of {name},", columns)
+            precisions[0].require_blocks(f"in_features of {name},", columns)
         except RankwiseError as error:
             return error
     return RankwiseError("weights", f"nothing that {name} can be", "more precisions, or the kind dense, are needed")
@@ -188,7 +193,7 @@ def priced(
     for name, spec in plan:
         tail = _tail(method, name, scores)
         loss = _losses(tail, name, table, spec.kind, np.array([spec.rank]), spec.precision, trust)
-        layers[name] = replace(spec, loss=float(loss[0]) + _gone(name, scores))
+        layers[name] = replace(spec, loss=float(loss[0]) + _gone(name, scores, trust))
     return replace(plan, layers=layers)
 
 
@@ -197,9 +202,9 @@ def _tail(method: Method, name: str, scores: Scores) -> np.ndarray:
     return np.concatenate([np.cumsum(method._worth(scores.energies[name])[::-1])[::-1], [0.0]]) / 2
 
 
-def _gone(name: str, scores: Scores) -> float:
+def _gone(name: str, scores: Scores, trust: Trust) -> float:
     """Predicted loss of the channels that a layer no longer reads, nats a token."""
-    return Trust().rank * scores.removed.get(name, 0.0)
+    return trust.rank * scores.removed.get(name, 0.0)
 
 
 def _losses(
@@ -240,4 +245,4 @@ def _costs(m: int, n: int, kind: str, precision: Precision, multiple: int) -> tu
 
 def _spec(method: Method, name: str, entry: StoredChoices, at: int, scores: Scores) -> LayerSpec:
     spec = method.spec(name, entry.kind[at], int(entry.rank[at]), scores, "bf16")
-    return replace(spec.stored_as(entry.precision[at]), loss=float(entry.loss[at]) + _gone(name, scores))
+    return replace(spec.stored_as(entry.precision[at]), loss=float(entry.loss[at]) + _gone(name, scores, Trust()))

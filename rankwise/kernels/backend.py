@@ -19,8 +19,10 @@ try:
     import triton.language as tl
 
     AVAILABLE = True
+    KERNEL_ERRORS: tuple[type[Exception], ...] = (triton.runtime.errors.TritonError,)  # of compilers and launches
 except ImportError:  # e.g. macOS: PyTorch does it all
     AVAILABLE = False
+    KERNEL_ERRORS = ()
 
     class _Absent:
         """Just enough for the definitions of kernels to be read."""
@@ -36,6 +38,7 @@ except ImportError:  # e.g. macOS: PyTorch does it all
 __all__ = [
     "AVAILABLE",
     "INTERPRETED",
+    "KERNEL_ERRORS",
     "Launch",
     "backend",
     "capability",

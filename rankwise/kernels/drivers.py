@@ -16,7 +16,7 @@ import torch
 
 from rankwise.errors import RankwiseError
 from rankwise.files import cache_folder, read_json, write_json
-from rankwise.kernels.backend import power_of_two
+from rankwise.kernels.backend import KERNEL_ERRORS, power_of_two
 from rankwise.kernels.eigen import (
     Algorithm,
     Job,
@@ -35,6 +35,8 @@ PASSES = {torch.float32: 1e-4, torch.float64: 1e-10}  # largest entry of |Q Qᵀ
 PROBES = 4
 MEDIUM = 1024  # rows beyond which one call for a batch, and drivers of last resort, are not measured
 FAILED = 1e9  # seconds
+# No convergence, no memory, a size that a library refuses, a kernel that does not fit.
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, *KERNEL_ERRORS)
 HOPELESS = 4  # times the best one's seconds, after which a driver is not run again
 
 
@@ -198,9 +200,7 @@ def _seconds(name: str, problems: Sequence[Problem], streams: int, best: float) 
             _wait(device)
             if part is problems and perf_counter() - start > HOPELESS * best:
                 break
-    except RankwiseError:
-        raise
-    except Exception:  # no convergence, no memory, a kernel that does not fit, or a library that refuses the size
+    except FAILURES:
         return FAILED
     return perf_counter() - start
 

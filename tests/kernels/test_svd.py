@@ -15,6 +15,7 @@ from bench.gpu.measure import error
 from bench.gpu.work import Work
 from rankwise.errors import RankwiseError
 from rankwise.kernels import drivers
+from rankwise.kernels.backend import KERNEL_ERRORS
 from rankwise.kernels.drivers import DRIVERS
 from rankwise.kernels.eigen import eigh, put_back, shared_out
 from rankwise.kernels.svd import Metric, Svd, svd
@@ -320,7 +321,7 @@ def test_loading_and_compiling_are_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [1, 3, 3]
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(*KERNEL_ERRORS, Exception):
     """As Triton's own errors, no RuntimeError."""
 
 

@@ -31,7 +31,7 @@ def choose(logits: torch.Tensor, sequences: Many[Sequence]) -> list[Choices]:
     """The next tokens of each sequence, one at least, and what is known of each.
 
     Args:
-        logits: of each sequence `1 + len(draft)` rows, one after another; changed where a penalty asks for it.
+        logits: of each sequence `1 + len(draft)` rows, one after another; in fp32 they may be changed.
         sequences: with their drafts.
 
     Returns:

@@ -15,7 +15,7 @@ import torch
 from rankwise.engine.runtime.acceptance import Choices
 from rankwise.engine.runtime.continuous import Chooser, Pages, Requests, make_manager
 from rankwise.engine.runtime.engine import Engine, EngineConfig
-from rankwise.engine.runtime.loader import layer_kv_bytes
+from rankwise.engine.runtime.loader import fixed_length, layer_kv_bytes, rope_types
 from rankwise.engine.runtime.memory import MemoryPlan, plan_blocks, step_bytes
 from rankwise.engine.runtime.params import SamplingParams
 from rankwise.engine.runtime.sequence import Sequence
@@ -142,12 +142,9 @@ class Fallback(Engine):
 
 def _require_fixed_angles(model: Any, length: int) -> None:
     """Packed sequences share their angles, which must not depend on how long each of them is."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    name = "original_max_position_embeddings"
-    whole = model.config.max_position_embeddings if kind == "dynamic" else 0  # from there on its angles change
-    short = int(rope.get(name) or getattr(model.config, name, None) or whole)
-    if kind in ("dynamic", "longrope") and length > short:
+    short = fixed_length(model.config)
+    if short is not None and length > short:
+        kind = " and ".join(sorted(rope_types(model.config)))
         raise RankwiseError("max_model_len", length, f"rope_type {kind}: allowed: up to {short}")
 
 

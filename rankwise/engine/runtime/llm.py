@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.config import check, check_count
 from rankwise.engine.runtime.draft import load_draft, make_drafter
 from rankwise.engine.runtime.engine import Engine, EngineConfig
-from rankwise.engine.runtime.loader import convert, is_supported
+from rankwise.engine.runtime.loader import convert, fixed_length, is_supported
 from rankwise.engine.runtime.memory import MemoryPlan, plan_memory, step_bytes
 from rankwise.engine.runtime.params import Completion, SamplingParams
 from rankwise.engine.runtime.sequence import Sequence
@@ -79,7 +79,7 @@ class LLM:
         native.start()  # the compiler, if it must run, runs while the model is read
         loaded, self.tokenizer = load_model(model, dtype, device)
         longest = getattr(loaded.config, "max_position_embeddings", None) or max(8192, max_model_len or 0)
-        length = min(longest, 8192) if max_model_len is None else max_model_len
+        length = min(longest, 8192, fixed_length(loaded.config) or longest) if max_model_len is None else max_model_len
         if not 1 < length <= longest:
             raise RankwiseError("max_model_len", length, f"allowed: 2 to {longest}")
         self.model_config, self.device = loaded.config, loaded.device
@@ -103,7 +103,8 @@ class LLM:
 
             self.engine, self.plan = make_fallback(loaded, ends, config, kv_tokens)
         else:
-            workspace = step_bytes(loaded.config, loaded.dtype, max_batched_tokens, max_sequences)
+            rows = max(max_sequences, draft_sequences * (draft_tokens + 1) if draft else 0)
+            workspace = step_bytes(loaded.config, loaded.dtype, max_batched_tokens, rows) * (2 if draft else 1)
             decoder = convert(loaded, length)
             del loaded
             guesser = load_draft(draft, dtype, device, length, self.tokenizer, self.vocabulary) if draft else None
@@ -146,7 +147,10 @@ class LLM:
             with track("requests", len(many)) as advance:
                 for _ in self._finished(added):
                     advance()
-            return [self.completion(sequence, self._outputs[sequence].text) for sequence in added]
+            outputs = [self._outputs[sequence] for sequence in added]
+            for output in outputs:
+                output.require_text()
+            return [self.completion(sequence, o.text) for sequence, o in zip(added, outputs, strict=True)]
         finally:
             self._forget(added)
 
@@ -160,6 +164,7 @@ class LLM:
                     self._step()
                 if piece := output.take():
                     yield piece
+            output.require_text()
             if piece := output.take() + output.text.finish():
                 yield piece
         finally:
@@ -185,8 +190,8 @@ class LLM:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt).input_ids)
         ids = [int(token) for token in prompt]
-        for token in ids:
-            check("prompt", f"token {token}", 0 <= token < self.vocabulary, f"ids from 0 to {self.vocabulary - 1}")
+        wrong = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        check("prompt", f"token {wrong}", wrong is None, f"ids from 0 to {self.vocabulary - 1}")
         return ids
 
     def completion(self, sequence: Sequence, text: TextStream) -> Completion:
@@ -216,8 +221,9 @@ class LLM:
     def _forget(self, sequences: Many[Sequence]) -> None:
         """Let go of requests; those that are not finished are cancelled."""
         for sequence in sequences:
-            self.engine.cancel(sequence)
             self._outputs.pop(sequence, None)
+        for sequence in sequences:
+            self.engine.cancel(sequence)
 
     def _finished(self, sequences: Many[Sequence]) -> Iterator[Sequence]:
         """Run until all are finished; each sequence once, when it is."""
@@ -231,8 +237,14 @@ class LLM:
     def _step(self) -> None:
         """One step of the engine; every sequence's tokens become its text, whoever waits for them."""
         for sequence in self.engine.step():
-            if sequence in self._outputs:
-                self._push(sequence, self._outputs[sequence])
+            output = self._outputs.get(sequence)
+            if output is None:
+                continue
+            try:
+                self._push(sequence, output)
+            except Exception as error:  # of the tokenizer: this text's trouble alone
+                output.error = error
+                self.engine.cancel(sequence)
 
     def _push(self, sequence: Sequence, output: Output) -> None:
         """Take a step's tokens of a sequence; what comes after a stop text is dropped."""

@@ -34,6 +34,17 @@ def rope_types(config: Any) -> set[str]:
     return {str(part.get("rope_type") or "default") for part in each}
 
 
+def fixed_length(config: Any) -> int | None:
+    """Tokens up to which the angles of a model do not depend on the length so far; None: they never do."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    if kind not in ("dynamic", "longrope"):
+        return None
+    name = "original_max_position_embeddings"
+    whole = config.max_position_embeddings if kind == "dynamic" else 0
+    return int(rope.get(name) or getattr(config, name, None) or whole)
+
+
 def convert(model: Any, most_positions: int) -> Decoder:
     """Take a model's weights; its blocks are empty afterwards.
 

@@ -64,7 +64,7 @@ def step_bytes(config: Any, dtype: torch.dtype, tokens: int, rows: int) -> int:
     hidden, vocabulary = config.hidden_size, config.vocab_size
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * hidden  # the residual stream, its norm, a sum; q, k, v; an MLP
-    drawn = 3 * torch.float32.itemsize  # bytes of a logit's copies: in order, running sums
+    drawn = 4 * torch.float32.itemsize + torch.int64.itemsize  # of a logit: in fp32, sorted, its place, two sums
     return tokens * (6 * hidden + 3 * inner) * dtype.itemsize + rows * vocabulary * (dtype.itemsize + drawn)
 
 
@@ -113,7 +113,9 @@ def _block_bytes(decoder: Decoder, size: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU, or of host memory within this container's limit."""
+    """Of a GPU, whose memory that PyTorch keeps for nobody is given back first, or of host memory within this
+    container's limit.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what PyTorch keeps of a model that was repacked counts as taken
         return int(torch.cuda.mem_get_info(device)[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rankwise.config import check, check_count
 from rankwise.errors import RankwiseError
 
-MOST_K = 2**31
+MOST_K = 2**31  # more than any vocabulary has; it fits the int64 of a column
 COLD = 1e-5  # below this temperature the likeliest token is taken; dividing by less leaves the range of fp32
 
 

@@ -178,7 +178,7 @@ def guess(logits: torch.Tensor, shadows: Many[Sequence]) -> None:
     """Add a token to each draft: for a request whose tokens are fixed as it would pick it itself, else by lot.
 
     Args:
-        logits: `[N, vocabulary]` of the draft model; changed where a penalty asks for it.
+        logits: `[N, vocabulary]` of the draft model; in fp32 they may be changed.
         shadows: in the order of the rows.
     """
     logits = penalise(logits, shadows, [len(shadow.draft) for shadow in shadows])

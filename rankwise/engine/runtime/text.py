@@ -61,10 +61,17 @@ class Output:
     Args:
         text: of its tokens.
         unread: what may be shown and was not yet.
+        error: why its tokens became no text; the request was cancelled then.
     """
 
     text: TextStream
     unread: str = ""
+    error: Exception | None = None
+
+    def require_text(self) -> None:
+        """Raise that error, if there is one."""
+        if self.error is not None:
+            raise self.error
 
     def take(self) -> str:
         """What may be shown and was not yet; now it was."""

@@ -185,6 +185,8 @@ def test_an_end_of_sequence_has_no_log_probability(client: openai.OpenAI, llm: r
         tokens = expected(llm, temperature=2, seed=seed, max_tokens=60, ignore_eos=False).tokens
         if tokens[-1] == 1 and len(tokens) > 3:
             break
+    else:
+        pytest.fail("no answer of these ends by itself")
     text, known = listed(client, temperature=2, seed=seed, max_tokens=60)
     assert len(known.tokens) == sum(token not in (0, 1) for token in tokens)
     assert "</s>" not in known.tokens

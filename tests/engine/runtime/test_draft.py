@@ -47,6 +47,7 @@ def test_llm_with_its_own_compressed_checkpoint(model_folder: Callable[[str], Pa
     assert tally.tokens_per_check == pytest.approx(1 + tally.accepted / tally.checks)
     assert "".join(fast.stream(texts[0], GREEDY)) == wanted[0].text
     assert fast.plan.blocks * fast.plan.block_bytes == fast.engine.cache_bytes == 2 * plain.engine.cache_bytes
+    assert fast.plan.workspace >= 2 * plain.plan.workspace
 
 
 def test_a_stop_text_within_what_was_accepted(model_folder: Callable[[str], Path]) -> None:

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import rankwise
-from rankwise.engine.runtime.memory import free_bytes, plan_blocks, step_bytes
+from rankwise.engine.runtime.memory import plan_blocks, step_bytes
 from rankwise.engine.runtime.params import SamplingParams
 from rankwise.engine.runtime.text import TextStream
 from rankwise.errors import RankwiseError
@@ -96,6 +96,27 @@ def test_streams_and_calls_side_by_side(llm: rankwise.LLM) -> None:
     assert llm.generate(texts[2], GREEDY)[0].text == wanted[2]
     assert begun[0] + "".join(first) == wanted[0]
     assert begun[1] + "".join(stopped) == wanted[1][: wanted[1].index(stop)]
+    assert free(llm)
+    assert not llm._outputs
+
+
+def test_a_text_that_cannot_be_made_ends_its_own_request(llm: rankwise.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["The module", "An exception is"]
+    wanted, push = [done.text for done in llm.generate(texts, GREEDY)], TextStream.push
+
+    def broken(stream: TextStream, token: int) -> str:
+        if stream.stop == ("broken",):
+            raise ValueError("no text")
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", broken)
+    whole = llm.stream(texts[0], GREEDY)
+    begun = next(whole)
+    with pytest.raises(ValueError, match="no text"):
+        llm.generate(texts, [GREEDY, replace(GREEDY, stop="broken")])
+    with pytest.raises(ValueError, match="no text"):
+        list(llm.stream(texts[1], replace(GREEDY, stop="broken")))
+    assert begun + "".join(whole) == wanted[0]
     assert free(llm)
     assert not llm._outputs
 
@@ -222,11 +243,12 @@ def test_a_temperature_that_no_division_stands_takes_the_likeliest(llm: rankwise
     assert llm.generate("The module", cold)[0].tokens == llm.generate("The module", GREEDY)[0].tokens
 
 
-def test_what_a_step_takes_stays_free(llm: rankwise.LLM) -> None:
-    free_now = free_bytes(torch.device("cpu"))
-    most = plan_blocks(2**20, torch.device("cpu"), 16, None, 10**9)
-    less = plan_blocks(2**20, torch.device("cpu"), 16, None, 10**9, workspace=free_now // 2 - 2**28)
-    assert less.blocks < 300 < most.blocks  # a quarter of a GiB is left, and what other programs gave back
+def test_what_a_step_takes_stays_free(llm: rankwise.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.engine.runtime.memory.free_bytes", lambda device: 2**30)
+    plans = [plan_blocks(2**20, torch.device("cpu"), 16, None, 10**9, workspace=w) for w in (0, 2**28)]
+    assert [plan.blocks for plan in plans] == [512, 256]
+    with pytest.raises(RankwiseError, match="kv_tokens: 16; allowed: up to 0"):
+        plan_blocks(2**20, torch.device("cpu"), 16, None, 10**9, workspace=2**30)
     config = llm.model_config
     few, many = (step_bytes(config, torch.float32, tokens, rows) for tokens, rows in ((1, 1), (1024, 64)))
     assert few * 64 < many < few * 1024
