@@ -276,3 +276,4 @@ def test_angles_that_depend_on_the_length_are_refused(folder: Callable[[str], Pa
     with pytest.raises(RankwiseError, match="max_model_len: 100; rope_type longrope: allowed: up to 64"):
         load(tmp_path / "long")
     assert load(tmp_path / "long", max_model_len=64).backend == "transformers"
+    assert load(tmp_path / "long", max_model_len=None).engine.scheduler.most_length == 64
