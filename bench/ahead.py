@@ -30,6 +30,7 @@ TYPES = {
 }  # fmt: skip
 WIDE = re.compile(r"\bLDG(?:STS)?\.(?:\w+\.)*(?:64|128|256)\b")  # in SASS, of global memory
 ARCHS = (80, 89, 90, 100)
+COMMON = (80, 89, 90)  # for which every configuration is compiled
 Pattern = str | Mapping[int, str]  # one for all architectures, or one for each
 UNITS = {80: r"mma\.sync", 89: r"mma\.sync", 90: "wgmma", 100: r"tcgen05\.mma"}  # of tiles from 64 rows
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bench.ahead import ARCHS, UNITS, Case
+from bench.ahead import ARCHS, COMMON, UNITS, Case
 from rankwise.kernels import attention, prefill
 
 BLOCKS, BLOCK_SIZE, CONTEXT = 4096, 16, 4096
@@ -46,17 +46,17 @@ def case(call: Callable[..., Any], name: str, archs: tuple[int, ...], *shape: An
 
 SHAPES: list[tuple[Any, ...]] = [
     ("Llama-3-8B, 1 sequence", ARCHS, 1, 32, 8, 128, BF16, 0, 0.0),
-    ("Llama-3-8B fp16, 64 sequences", (90,), 64, 32, 8, 128, FP16, 0, 0.0),
-    ("Llama-2-7B, no shared heads", (90,), 16, 32, 32, 128, BF16, 0, 0.0),
-    ("Qwen2-7B, 7 heads share", (80, 90), 16, 28, 4, 128, BF16, 0, 0.0),
-    ("SmolLM2-135M", (80, 90, 100), 16, 9, 3, 64, BF16, 0, 0.0),
-    ("Phi-2, head dimension 80", (80,), 16, 32, 32, 80, BF16, 0, 0.0),
-    ("Phi-3-mini, head dimension 96, window 2047", (89, 90), 16, 32, 32, 96, BF16, 2047, 0.0),
+    ("Llama-3-8B fp16, 64 sequences", COMMON, 64, 32, 8, 128, FP16, 0, 0.0),
+    ("Llama-2-7B, no shared heads", COMMON, 16, 32, 32, 128, BF16, 0, 0.0),
+    ("Qwen2-7B, 7 heads share", COMMON, 16, 28, 4, 128, BF16, 0, 0.0),
+    ("SmolLM2-135M", ARCHS, 16, 9, 3, 64, BF16, 0, 0.0),
+    ("Phi-2, head dimension 80", COMMON, 16, 32, 32, 80, BF16, 0, 0.0),
+    ("Phi-3-mini, head dimension 96, window 2047", COMMON, 16, 32, 32, 96, BF16, 2047, 0.0),
     ("Gemma-3-4B, window 1024", ARCHS, 16, 8, 4, 256, BF16, 1024, 0.0),
-    ("Gemma-2-9B, soft-cap", (80, 90), 16, 16, 8, 256, BF16, 0, 50.0),
-    ("Gemma-2-27B, soft-cap, window 4096", (80, 90, 100), 16, 32, 16, 128, BF16, 4096, 50.0),
-    ("SmolLM2-135M fp32", (80, 90), 16, 9, 3, 64, FP32, 0, 0.0),
-    ("Gemma-3-4B fp32, window 1024", (80, 90), 16, 8, 4, 256, FP32, 1024, 0.0),
-    ("Llama-3-8B fp32", (89,), 16, 32, 8, 128, FP32, 0, 0.0),
+    ("Gemma-2-9B, soft-cap", COMMON, 16, 16, 8, 256, BF16, 0, 50.0),
+    ("Gemma-2-27B, soft-cap, window 4096", ARCHS, 16, 32, 16, 128, BF16, 4096, 50.0),
+    ("SmolLM2-135M fp32", COMMON, 16, 9, 3, 64, FP32, 0, 0.0),
+    ("Gemma-3-4B fp32, window 1024", COMMON, 16, 8, 4, 256, FP32, 1024, 0.0),
+    ("Llama-3-8B fp32", COMMON, 16, 32, 8, 128, FP32, 0, 0.0),
 ]
 CASES = [case(call, *shape) for call in (decode, chunk) for shape in SHAPES]

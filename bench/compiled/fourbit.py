@@ -6,7 +6,7 @@ import torch
 
 import rankwise.kernels.int4
 import rankwise.kernels.nf4  # noqa: F401  (both leave their decoders)
-from bench.ahead import Case
+from bench.ahead import COMMON, Case
 from rankwise.kernels.fourbit import run
 from rankwise.kernels.fragments import Fragments, unpack
 
@@ -71,9 +71,9 @@ CASES = [
     Case(
         "U follows", call(weights(4096, 1024, 128), 1, parts=2, follows=True), FOLLOWS, 128, narrow(2), archs=(90, 100)
     ),
-    Case("fp16", call(dense(128), 1, torch.float16), INT4, 128, narrow(4), archs=(80, 90)),
-    Case("nf4, fp16", call(dense(64, "nf4"), 1, torch.float16), NF4, archs=(90,)),
+    Case("fp16", call(dense(128), 1, torch.float16), INT4, 128, narrow(4), archs=COMMON),
+    Case("nf4, fp16", call(dense(64, "nf4"), 1, torch.float16), NF4, archs=COMMON),
     Case("int4, unpacked", lambda: unpack(dense(128, asymmetric=True), BF16), {"_unpack": (LOGIC,)}),
-    Case("int4, unpacked, fp32", lambda: unpack(dense(128), torch.float32), archs=(80, 90)),
+    Case("int4, unpacked, fp32", lambda: unpack(dense(128), torch.float32), archs=COMMON),
     Case("nf4, unpacked", lambda: unpack(dense(64, "nf4"), BF16), {"_unpack": (PERMUTED,)}),
 ]

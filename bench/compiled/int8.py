@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.ahead import UNITS, Case
+from bench.ahead import COMMON, UNITS, Case
 from rankwise.kernels.eightbit import run, write_out
 
 MMA, DECODED = r"mma\.sync", r"fma\.rn\.bf16x2"
@@ -36,7 +36,7 @@ def call(
 CASES = [
     Case("1 token", call(4096, 4096, 1, bias=True), FEW, weights=128, per_weight=4.5),
     Case("1 token, few rows", call(1024, 4096, 1), FEW),
-    Case("fp16", call(4096, 4096, 1, torch.float16), {"_linear": (MMA, r"fma\.rn\.f16x2")}, archs=(80, 90)),
+    Case("fp16", call(4096, 4096, 1, torch.float16), {"_linear": (MMA, r"fma\.rn\.f16x2")}, archs=COMMON),
     Case("64 tokens", call(4096, 4096, 64, bias=True), {"_linear": (UNITS, DECODED, r"cp\.async")}),
     Case("odd sizes, 5 tokens", call(4090, 4090, 5), FEW),
     Case("V of a pair", call(1000, 4096, 1, partial=True, leads=True), LEADS, archs=(90, 100)),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.ahead import UNITS, Case
+from bench.ahead import COMMON, UNITS, Case
 from rankwise.kernels.gemm import column_sums
 from rankwise.kernels.masked import masked_backward, masked_forward
 
@@ -55,16 +55,16 @@ CASES = [
         {"_product": (UNITS,)},
         loads=16,
         narrow={"_product": 32},
-        archs=(80, 90),
+        archs=COMMON,
     ),
-    Case("fp16, 4096 tokens", both(torch.float16, 4096, limited=False), WHOLE, archs=(90,)),
-    Case("fp32, 4096 tokens", both(torch.float32, 4096, limited=True), {"_product": (r"cp\.async",)}, archs=(80,)),
+    Case("fp16, 4096 tokens", both(torch.float16, 4096, limited=False), WHOLE, archs=COMMON),
+    Case("fp32, 4096 tokens", both(torch.float32, 4096, limited=True), {"_product": (r"cp\.async",)}, archs=COMMON),
     Case(
         "fp32 by TF32",
         in_tf32(both(torch.float32, 4096, limited=False)),
         {"_product": (TF32, r"cp\.async")},
         narrow={"_product": 16},  # wgmma and tcgen05 want TF32's operands the other way round
-        archs=(80, 90),
+        archs=COMMON,
     ),
     Case("column sums", sums),
 ]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bench.ahead import Case
+from bench.ahead import COMMON, Case
 from rankwise.kernels.pack import alignment, table_of
 from rankwise.kernels.packed import run
 
@@ -56,7 +56,7 @@ CASES = [
     case("gate and up, 64 tokens, norm", group(GATE_UP, 64, gated=True, norm=True), MMA, 64, 2),
     case("dependent launch", group(ONE, 1, pdl=True), EARLY, 16, archs=FOLLOWING),
     case("dependent launch, 16 tokens", group(ONE, 16, pdl=True), EARLY, 16, archs=FOLLOWING),
-    case("fp16", group(QKV, 16, torch.float16, place=True), MMA, 16, archs=(90,)),
-    case("fp32", group(QKV, 1, torch.float32, place=True), {}, 16, archs=(80, 90)),
-    case("ranks that 8 does not divide", group(((4096, 1021, 4096),), 1), {}, 80, 0, loads=16, archs=(90, 100)),
+    case("fp16", group(QKV, 16, torch.float16, place=True), MMA, 16, archs=COMMON),
+    case("fp32", group(QKV, 1, torch.float32, place=True), {}, 16, archs=COMMON),
+    case("ranks that 8 does not divide", group(((4096, 1021, 4096),), 1), {}, 80, 0, loads=16),
 ]
