@@ -30,7 +30,7 @@ import torch
 from openai import APIError, AsyncOpenAI, RateLimitError
 
 from bench.gpu import lines
-from bench.soak import ended, numbers
+from bench.soak import ended, numbers, serve, write
 from rankwise.provenance import versions
 from rankwise.zoo import EMBEDDED
 
@@ -186,23 +186,13 @@ def complaints(loads: dict[str, dict[str, Any]], places: int, factor: float) -> 
     return found + [f"time per token, {name}: {value:.2f} times" for name, value in worse.items() if value > factor]
 
 
-def serve(options: argparse.Namespace) -> list[str]:
-    """The server's command: a cache that holds what runs, so that no sequence loses its place."""
+def command(options: argparse.Namespace) -> list[str]:
+    """The server's: a cache that holds what runs, so that no sequence loses its place."""
     length = -(-(options.prompt + options.tokens) // BLOCK) * BLOCK + BLOCK
     sizes = {"max-sequences": options.max_sequences, "max-queue": options.max_queue, "max-model-len": length}
     sizes["kv-tokens"] = (options.max_sequences + 2) * length
     limits = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    kind = ["--dtype", options.dtype, "--device", options.device, "--name", "pressed"]
-    return [
-        str(Path(sys.executable).with_name("rankwise")),
-        "serve",
-        "--port",
-        "0",
-        "--json",
-        *limits,
-        *kind,
-        options.model,
-    ]
+    return serve(*limits, "--dtype", options.dtype, "--device", options.device, "--name", "pressed", options.model)
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
@@ -241,7 +231,7 @@ def main() -> int:
     """Press, and judge."""
     options = parse()
     work = Work(options.prompt, options.tokens, options.requests)
-    with subprocess.Popen(serve(options), stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command(options), stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line:
@@ -253,12 +243,7 @@ def main() -> int:
         code = ended(server)
     loads = {name: figures(one, options.tokens) for name, one in seen.items()}
     wrong = complaints(loads, options.max_sequences, options.factor) + ([f"exit code {code}"] if code else [])
-    row = json.dumps(facts(options) | {"loads": loads, "ratios": ratios, "complaints": wrong})
-    print(row)  # noqa: T201
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(row + "\n")
+    write(facts(options) | {"loads": loads, "ratios": ratios, "complaints": wrong}, options.out)
     return 1 if wrong else 0
 
 

@@ -97,27 +97,27 @@ def speculative() -> str:
 def memory() -> str:
     """What a load adds, against the plan: a row a precision."""
     heads = ["weights", "planned, MB", "resident, MB", "apart", "tensors, MB", "highest while loading, GB"]
-    body = []
-    for row in read("cpu/memory.jsonl"):
+    rows, body = read("cpu/memory.jsonl"), []
+    for row in rows:
         planned, found, held = (f"{row[key] / 1e6:.1f}" for key in ("planned", "weight_bytes", "decoder"))
         body.append(
             [row["weights"], planned, found, f"{row['over']:+.1%}", held, f"{row['peak_while_loading'] / 1e9:.2f}"]
         )
-    first = read("cpu/memory.jsonl")[0]
+    first = rows[0]
     return f"{markdown(heads, body)}\n`{first['model']}`, all layers dense. {versions(first)}.\n"
 
 
 def soak() -> str:
     """How many requests ended, and what was left: a row a run."""
     heads = ["model", "requests", "completed", "given up", "refused (429)", "KV blocks left", "memory, first tenth"]
-    body = []
-    for row in read("cpu/soak.jsonl"):
+    rows, body = read("cpu/soak.jsonl"), []
+    for row in rows:
         ended, memory = row["clients"], row["memory"]
         counts = [f"{ended.get(name, 0):,}" for name in ("completed", "given up", "status 429")]
         left = f"{row['left']['kv_blocks_used']:.0f}"
         grown = f"{max(memory) - memory[0]:.1f} MiB"
         body.append([f"`{row['model']}`", f"{row['requests']:,}", *counts, left, f"{memory[0]:.0f} MiB", grown])
-    first = read("cpu/soak.jsonl")[0]
+    first = rows[0]
     return (
         f"{markdown([*heads, 'grown by'], body)}\n{first['together']} requests at once in a queue of "
         f"{first['queue']}, a third of them meant to be given up; memory of the server's process after a tenth of the "

@@ -32,7 +32,7 @@ from rankwise.provenance import versions
 
 WORDS = "the model keeps its ranks and the cache holds blocks of keys for every prompt that begins alike"
 QUEUE = 64
-SERVE = ["serve", "--port", "0", "--json", "--max-queue", str(QUEUE), "--kv-tokens", "8192", "--max-model-len", "1024"]
+LIMITS = ["--max-queue", str(QUEUE), "--kv-tokens", "8192", "--max-model-len", "1024"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,21 @@ def soak(url: str, model: str, process: psutil.Process, mix: Mix, track: Track =
     return {"clients": dict(ended), "server": outcomes, "left": left, "memory": memory, **rate}
 
 
+def serve(*arguments: str) -> list[str]:
+    """The command of a server on a free port, which says where it listens in a line of JSON."""
+    return [str(Path(sys.executable).with_name("rankwise")), "serve", "--port", "0", "--json", *arguments]
+
+
+def write(row: dict[str, Any], out: Path | None) -> None:
+    """Print a row, and append it to a file if there is to be one."""
+    line = json.dumps(row)
+    print(line)  # noqa: T201
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
 def ended(server: subprocess.Popen[str]) -> int:
     """The exit code of a server that was asked to end; it is killed if it does not."""
     try:
@@ -180,10 +195,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="append the result to this file")
     options = parser.parse_args()
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(Path(sys.executable).with_name("rankwise")), *SERVE, "--name", "soaked", options.model]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        serve(*LIMITS, "--name", "soaked", options.model), stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line:
@@ -196,11 +210,7 @@ def main() -> int:
         result |= {"exit_code": ended(server), "requests": mix.requests, "together": mix.together}
     growth = max(result["memory"]) - result["memory"][0]
     facts = {"bench": "soak", "versions": versions(), "model": options.model, "queue": QUEUE}
-    line = json.dumps(facts | result | {"growth": round(growth, 1)})
-    print(line)  # noqa: T201
-    if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    write(facts | result | {"growth": round(growth, 1)}, options.out)
     expected = set(result["clients"]) <= {"completed", "given up", "status 429"}
     broken = any(outcome.endswith(",failed") for outcome in result["server"])  # also where nobody was left to see it
     clean = expected and not broken and not any(result["left"].values()) and result["exit_code"] == 0

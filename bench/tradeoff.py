@@ -178,10 +178,7 @@ def main() -> None:
     """Measure every row that is missing."""
     options = parse()
     quiet_transformers()
-    model, tokenizer = load_model(options.model, "fp32" if not options.plain else "bf16")
-    if not options.plain:
-        rotate(model)
-        model = model.bfloat16()
+    model, tokenizer = load(options)
     facts = identity(options)
     before = [row for row in kept_rows(options.out, facts) if row["plain"] == options.plain]
     if any("moments" not in row for row in before):
@@ -203,6 +200,15 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
         print(f"{name:28} {row.get('share', 1):.4f}  {figures}  {row['seconds']:.0f} s", flush=True)  # noqa: T201
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that is measured, in bf16, and its tokenizer."""
+    if options.plain:
+        return load_model(options.model, "bf16")
+    model, tokenizer = load_model(options.model, "fp32")
+    rotate(model)
+    return model.bfloat16(), tokenizer
 
 
 def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:

@@ -124,8 +124,8 @@ def generate(
     check("prompt", prompt, bool(prompt), "some text")
     check_seed(seed)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    where: dict[str, Any] = {"draft": draft, "chat": chat, "max_model_len": max_model_len}
-    generating.generate(source, prompt, params, **where, device=device, dtype=dtype, as_json=as_json)
+    asked = generating.Asked(source, prompt, params, draft, chat, max_model_len, device, dtype, as_json)
+    generating.generate(asked)
 
 
 def demo(out: Path, ratio: float, as_json: bool) -> None:

@@ -90,13 +90,13 @@ def _within(
     lowest = sum(int(entry.cost[0]) for entry in choices.values())
     best: RankPlan | None = None
     for _ in range(TRIES):
-        plan = plan_within(method, store, choices, max(target, lowest))
+        target = max(target, lowest)
+        plan = plan_within(method, store, choices, target)
         left = budget.size - checkpoint_bytes(plan, others, dtype)
         if left >= 0 and (best is None or plan.bytes > best.bytes):
             best = plan
         if 0 <= left <= method.tolerance * budget.size / 2 or (left < 0 and plan.bytes == lowest):
             break
-        target = max(target, lowest)
         target = target + left if left >= 0 else min(target, plan.bytes) + left  # below a plan that is too large
     best = best or plan_within(method, store, choices, lowest)
     least = checkpoint_bytes(best, others, dtype)

@@ -18,7 +18,6 @@ from scipy.stats import spearmanr
 
 from bench import tradeoff
 from bench.harness import kept_rows
-from bench.rotation import rotate
 from bench.studies.plots import figure
 from bench.texts import test_windows
 from rankwise.alloc.joint import Trust, priced
@@ -29,7 +28,7 @@ from rankwise.pipeline import compress
 from rankwise.plan import KINDS, LayerSpec, RankPlan, layer_parameters
 from rankwise.progress import on_terminal
 from rankwise.storage import Precision
-from rankwise.zoo import load_model, quiet_transformers
+from rankwise.zoo import quiet_transformers
 
 COUNT = 96  # choices, each of another layer
 STEP = 64  # ranks are multiples of it, which blocks of all precisions but int4 by 128 divide
@@ -107,10 +106,10 @@ def main() -> None:
     """Measure every choice that is missing, and draw."""
     options = tradeoff.parse(tradeoff.RESULTS / "cpu" / "studies.choices.jsonl")
     quiet_transformers()
-    model, tokenizer = load_model(options.model, "fp32")
-    rotate(model)
-    bench = tradeoff.prepare(model.bfloat16(), tokenizer, options)
-    facts = tradeoff.identity(options) | {"bench": "studies.choices", "moments": bench.moments}
+    model, tokenizer = tradeoff.load(options)
+    bench = tradeoff.prepare(model, tokenizer, options)
+    own = {"bench": "studies.choices", "plain": options.plain, "moments": bench.moments}
+    facts = tradeoff.identity(options) | own
     rows = kept_rows(options.out, facts)
     there = {(row["layer"], row["kind"], row["rank"], row["precision"]) for row in rows}
     tests = {text: test_windows(text, options, tokenizer) for text in ("wikitext2", "c4")}
@@ -131,9 +130,9 @@ def main() -> None:
     changed = [row for row in rows if row["layer"]]
     figure("predicted-choices", lambda axes: drawn(axes, changed, dense))
     for name in CAUSES:
-        own = [row for row in changed if cause(row) == name]
-        ratio = sum(nats(r, dense) for r in own) / (sum(sum(r["predicted"].values()) for r in own) or math.nan)
-        print(f"{name}: {len(own)} choices, measured over predicted {ratio:.2f}")  # noqa: T201
+        some = [row for row in changed if cause(row) == name]
+        ratio = sum(nats(r, dense) for r in some) / (sum(sum(r["predicted"].values()) for r in some) or math.nan)
+        print(f"{name}: {len(some)} choices, measured over predicted {ratio:.2f}")  # noqa: T201
 
 
 if __name__ == "__main__":

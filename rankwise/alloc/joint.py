@@ -141,8 +141,7 @@ def smallest_plan(
 
 def _nothing(name: str, columns: int, precisions: Sequence[Precision]) -> RankwiseError:
     """Why a layer of so many columns may become nothing: its group, where no precision's fits, or its kinds."""
-    fitting = [precision for precision in precisions if columns % precision.block == 0]
-    if not fitting:
+    if all(columns % precision.block for precision in precisions):
         try:
             precisions[0].require_blocks(f"in_features of {name},", columns)
         except RankwiseError as error:

@@ -70,25 +70,18 @@ def make_batch(shares: Many[Share], block_size: int, device: torch.device) -> Ba
         contexts.append(start + share.count)
         last += range(len(ids) - share.wanted, len(ids))
     widest = max(len(share.sequence.blocks) for share in shares)
-    tables = [share.sequence.blocks + [0] * (widest - len(share.sequence.blocks)) for share in shares]
+    held = [share.sequence.blocks for share in shares]
+    tables = [block for blocks in held for block in blocks + [0] * (widest - len(blocks))]
     bounds = [0, *accumulate(share.count for share in shares)]
     decoding = sum(share.count == 1 for share in shares)
     if device.type == "cpu" and decoding < len(shares):
         padding = -len(ids) % HOST_MULTIPLE
         ids, positions, slots = ids + [0] * padding, positions + [0] * padding, slots + [-1] * padding
-    wide, narrow = [ids, last], [positions, slots, contexts, bounds, [block for table in tables for block in table]]
-    found = placed(wide, narrow, device)
-    return Batch(
-        ids=found[0],
-        positions=found[2],
-        slots=found[3],
-        tables=found[6].view(len(shares), widest),
-        contexts=found[4],
-        bounds=found[5],
-        decoding=decoding,
-        last=found[1],
-        longest=max(contexts),
-    )
+    names = "ids", "last", "positions", "slots", "contexts", "bounds", "tables"
+    placings = placed([ids, last], [positions, slots, contexts, bounds, tables], device)
+    found = dict(zip(names, placings, strict=True))
+    found["tables"] = found["tables"].view(len(shares), widest)
+    return Batch(**found, decoding=decoding, longest=max(contexts))
 
 
 def placed(wide: Many[list[int]], narrow: Many[list[int]], device: torch.device) -> list[torch.Tensor]:
@@ -104,9 +97,10 @@ def placed(wide: Many[list[int]], narrow: Many[list[int]], device: torch.device)
     """
     flat: list[int] = []
     begins = []
-    for values, words in (*((values, 2) for values in wide), *((values, 1) for values in narrow)):
+    halved = [[half for value in values for half in (value, 0)] for values in wide]  # the low half comes first
+    for values in (*halved, *narrow):
         begins.append(len(flat))
-        flat += values if words == 1 else [half for value in values for half in (value, 0)]  # the low half comes first
+        flat += values
         flat += [0] * (-len(flat) % (ALIGN // 4))
     there = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     whole = there.view(torch.int64)

@@ -8,6 +8,7 @@ from rankwise.config import check, check_count
 from rankwise.errors import RankwiseError
 
 MOST_K = 2**31  # more than any vocabulary has; it fits the int64 of a column
+SEEDS = 2**63  # from -SEEDS on, SEEDS excluded
 COLD = 1e-5  # below this temperature the likeliest token is taken; dividing by less leaves the range of fp32
 
 
@@ -63,8 +64,8 @@ class SamplingParams:
             check_count("logprobs", self.logprobs, 0)
             check("logprobs", self.logprobs, self.logprobs <= 20, "0 to 20, or None")
         if self.seed is not None:
-            whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-            check("seed", self.seed, whole and -(2**63) <= self.seed < 2**63, "a whole number of 64 bits, or None")
+            check_count("seed", self.seed, -SEEDS)
+            check("seed", self.seed, self.seed < SEEDS, "a whole number of 64 bits, or None")
 
     @property
     def fixed(self) -> bool:

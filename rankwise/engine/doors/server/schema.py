@@ -9,10 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from rankwise.engine.runtime.params import COLD, SamplingParams
+from rankwise.engine.runtime.params import COLD, MOST_K, SEEDS, SamplingParams
 
 ASIDE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-SEEDS = 2**63
 
 
 def refuse(param: str, message: str) -> PydanticCustomError:
@@ -88,7 +87,7 @@ class Sampling(Strict):
     seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS)
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    top_k: int | None = Field(0, ge=-1, le=2**31, description="Extension; 0 and -1: all.")
+    top_k: int | None = Field(0, ge=-1, le=MOST_K, description="Extension; 0 and -1: all.")
     min_p: float | None = Field(0.0, ge=0, le=1, description="Extension.")
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=100, description="Extension.")
     ignore_eos: bool | None = Field(False, description="Extension.")
