@@ -8,6 +8,7 @@ bench/results/cpu/runtime.jsonl.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +37,7 @@ def main() -> None:
     config = BenchConfig(**shape, rounds=options.rounds, device="cpu", dtype=options.dtype)
     found = bench(contestants, config, track=on_terminal)
     facts = {"bench": "runtime", "versions": versions(), "threads": torch.get_num_threads(), "model": options.model}
-    facts |= {"dtype": options.dtype, "prompt": options.prompt, "new": options.new, "kept": kept(options.compressed)}
+    facts |= {"dtype": options.dtype, "prompt": options.prompt, "new": options.new} | described(options.compressed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for batch, rows in groupby(found["rows"], lambda row: row["batch"]):
         row = facts | {"batch": batch, "rounds": options.rounds} | figures(list(rows), options.compressed)
@@ -75,9 +76,13 @@ def rounded(values: list[float]) -> list[float]:
     return [round(value, 3) for value in values]
 
 
-def kept(folder: str | None) -> float | None:
-    """Share of the linear layers' parameters that a checkpoint keeps."""
-    return open_checkpoint(folder)[0].ratio if folder and is_rankwise(folder) else None
+def described(folder: str | None) -> dict[str, Any]:
+    """Of a checkpoint: the share of the linear layers' parameters that it keeps, their bits, and what they are."""
+    if not folder or not is_rankwise(folder):
+        return {"kept": None}
+    plan = open_checkpoint(folder)[0]
+    made_of = dict(Counter(f"{spec.kind}, {spec.precision}" for _, spec in plan).most_common())
+    return {"kept": plan.ratio, "bits": plan.bits, "made_of": made_of}
 
 
 def line(row: dict[str, Any]) -> str:

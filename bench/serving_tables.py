@@ -13,6 +13,27 @@ def runtime() -> str:
     return f"{speeds(rows)}{shape(first)}, {where}, {versions(first)}.\n"
 
 
+def runtime_bits() -> str:
+    """Tokens a second of models in fewer bits, one request at a time: a row a model."""
+    rows = read("cpu/runtime_bits.jsonl")
+    pair, body = "runtime, compressed / runtime", []
+    for row in rows:
+        rates, ratio = row["tokens_per_second"], row["ratios"][pair]
+        made_of = "; ".join(f"{count} {what}" for what, count in row["made_of"].items())
+        speeds = [f"{rates[name][1]:.1f}" for name in ("transformers", "runtime", "runtime, compressed")]
+        body.append([made_of, f"{row['bits']:.2f}", *speeds, f"{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})"])
+    heads = [
+        "layers",
+        "bits a weight",
+        "transformers, bf16",
+        "runtime, bf16",
+        "runtime, these layers",
+        "ratio of the two",
+    ]
+    first = rows[0]
+    return f"{markdown(heads, body)}{shape(first)}, {first['threads']} CPU threads, {versions(first)}.\n"
+
+
 def vllm() -> str:
     """Tokens a second of vLLM and the runtime."""
     rows = read("cpu/vllm.jsonl")
@@ -35,7 +56,8 @@ def speeds(rows: list[dict[str, Any]]) -> str:
 
 def shape(first: dict[str, Any]) -> str:
     """What was timed, as the beginning of a sentence."""
-    kept = f"; compressed: {first['kept']:.0%} of the linear layers' parameters kept" if first["kept"] else ""
+    part = first["kept"]
+    kept = f"; compressed: {part:.0%} of the linear layers' parameters kept" if part and part < 1 else ""
     return (
         f"\nTokens a second, and ratios within a round: median, and p20 to p80 of {first['rounds']} rounds in "
         f"which all take turns. `{first['model']}` in {first['dtype']}{kept}. Prompts of {first['prompt']} tokens, "

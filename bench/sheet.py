@@ -23,6 +23,11 @@ def versions(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "rankwise")
 
 
+def calibration(row: dict[str, Any]) -> str:
+    """Which windows of which text."""
+    return f"{row['samples']} windows of `{row['train']}`, output gradients on the first {row['gradient_samples']}"
+
+
 def markdown(heads: list[str], body: list[list[str]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = [heads, ["---", *(["---:"] * (len(heads) - 1))], *body]

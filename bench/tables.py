@@ -8,8 +8,9 @@ import re
 import sys
 from typing import Any
 
-from bench.serving_tables import backends, equality, memory, overload, runtime, soak, speculative, vllm
-from bench.sheet import ROOT, exists, markdown, read, versions
+from bench.byte_tables import bnb, rounded, then_nf4, tradeoff
+from bench.serving_tables import backends, equality, memory, overload, runtime, runtime_bits, soak, speculative, vllm
+from bench.sheet import ROOT, calibration, exists, markdown, read, versions
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMPARED = (
@@ -131,27 +132,6 @@ def setting(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def tradeoff() -> str:
-    """Perplexity against bytes: a row a way to spend them, a part for each model."""
-    rows, parts = read("cpu/tradeoff.jsonl"), []
-    first = rows[0]
-    for plain, title in ((False, "rotated"), (True, "as it comes")):
-        own = sorted((r for r in rows if r["plain"] == plain), key=lambda r: -r.get("share", 1))
-        for row in own:
-            figures = [f"{row['perplexity'][test]:.2f}" for test in ("wikitext2", "c4")]
-            share, bits = (f"{row['share']:.1%}", f"{row['bits']:.2f}") if "share" in row else ("100%", "16")
-            parts.append(
-                [title, row["name"] + (", fed back" if row["rounding"] == "feedback" else ""), share, bits, *figures]
-            )
-    table = markdown(["model", "layers", "bytes of bf16", "bits a weight", "wikitext2", "c4"], parts)
-    return (
-        f"{table}\nPerplexity (lower is better) on {first['windows']} windows of {first['seq_len']} tokens; bytes of "
-        f"the linear layers. `{first['model']}`, curvature from {calibration(first)}. "
-        f"Chosen together: kind, rank and precision; channels too: and widths of MLPs; ranks, then int4: the ranks "
-        f"of `global` for bf16, all numbers rounded alike afterwards. {first['device']}, {versions(first)}.\n"
-    )
-
-
 def estimate() -> str:
     """Minutes that a 7B would take by counted operations: a row a method, a column a stage."""
     rows = read("cpu/estimate.jsonl")
@@ -165,32 +145,14 @@ def estimate() -> str:
     return f"{table}\nEstimated minutes, not measured, at {rows[0]['ratio']:.0%} kept. {versions(rows[0])}.\n"
 
 
-def then_nf4() -> str:
-    """Perplexity before and after nf4: a row a method."""
-    rows = sorted(read("cpu/then_nf4.jsonl"), key=lambda row: row["perplexity"]["bf16"]["wikitext2"])
-    body = []
-    for row in rows:
-        figures = [
-            f"{row['perplexity'][stored][text]:,.2f}" for text in ("wikitext2", "c4") for stored in ("bf16", "nf4")
-        ]
-        body.append([row["name"], f"{row['ratio']:.0%}", *figures])
-    first = rows[0]
-    table = markdown(["method", "kept", "wikitext2, bf16", "wikitext2, nf4", "c4, bf16", "c4, nf4"], body)
-    return f"{table}\nPerplexity (lower is better) of `{first['model']}`. {versions(first)}.\n"
-
-
-def calibration(row: dict[str, Any]) -> str:
-    """Which windows of which text."""
-    return f"{row['samples']} windows of `{row['train']}`, output gradients on the first {row['gradient_samples']}"
-
-
 def measured(name: str) -> bool:
     """Whether a table's result file is there; those of `quality` and `methods` are committed and have to be."""
-    return name in ("quality", "comparison") or exists(f"cpu/{name}.jsonl")
+    return name in ("quality", "comparison", "rounded") or exists(f"cpu/{name}.jsonl")
 
 
 TABLES = {
     "backends": backends,
+    "bnb": bnb,
     "comparison": comparison,
     "equality": equality,
     "estimate": estimate,
@@ -199,6 +161,8 @@ TABLES = {
     "overload": overload,
     "quality": quality,
     "runtime": runtime,
+    "runtime_bits": runtime_bits,
+    "rounded": rounded,
     "soak": soak,
     "speculative": speculative,
     "then_nf4": then_nf4,

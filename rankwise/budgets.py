@@ -95,6 +95,26 @@ def make_budget(
     return ByteBudget(None if size is None else parse_size(size), bits, tuple(found), weights == "auto")
 
 
+def budget_met(budget: ByteBudget, bits: float, size: int, tolerance: float) -> str:
+    """One line on what a compressed model takes of its budget.
+
+    Args:
+        budget: what was asked for.
+        bits: of the linear layers, for each number that the dense model had.
+        size: bytes of the weight files.
+        tolerance: relative; more than that left over is explained.
+    """
+    used, asked = (bits, budget.bits) if budget.size is None else (size, budget.size)
+    assert asked is not None
+    if budget.size is None:
+        line = f"{used:.4g} bits for each number of the linear layers; asked for: {asked:g}"
+    else:
+        line = f"{used} bytes; asked for: at most {asked}"
+    if used < (1 - tolerance) * asked:
+        line += f"; {1 - used / asked:.1%} stay unused: no layer gains by more, or the next step is larger"
+    return line
+
+
 def checkpoint_bytes(plan: RankPlan, others: Mapping[str, Any], dtype: str) -> int:
     """Bytes of the weight files that a plan leads to, from above by a few in a thousandth.
 

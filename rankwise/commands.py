@@ -13,6 +13,7 @@ from rankwise.alloc.methods import METHODS
 from rankwise.alloc.options import own_options
 from rankwise.anatomy import require_context
 from rankwise.benching import add_speed
+from rankwise.budgets import budget_met
 from rankwise.compression import compress_to_folder
 from rankwise.config import CompressConfig, TextConfig, check, check_count, check_seed
 from rankwise.distributed import is_main, joined, speaks
@@ -50,6 +51,8 @@ def compress(config: CompressConfig, as_json: bool) -> None:
         facts |= {"perplexity": measured["compressed"], "dense_perplexity": measured["dense"]}
     kinds = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items() if count)
     console.show(f"{config.out}: {plan.ratio:.2%} of the linear layers kept ({kinds}), {size / 1e6:.1f} MB")
+    if config.budget is not None:
+        console.show(budget_met(config.budget, plan.bits, size, config.method.tolerance))
     if plan.provenance.get("curvature") == {"measured": False}:
         console.show("no calibration: every layer stays dense and is rounded to the nearest codes")
     if measured:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import rankwise
-from rankwise.budgets import ByteBudget, make_budget, parse_size
+from rankwise.budgets import ByteBudget, budget_met, make_budget, parse_size
 from rankwise.candidates import MARGIN
 from rankwise.cli import main
 from rankwise.compression import compress_to_folder
@@ -308,6 +308,16 @@ def test_options_that_do_not_go_together(config: Callable[..., CompressConfig], 
         compress_to_folder(config("b", asked, rankwise.Global(sides="one")))
 
 
+def test_what_a_budget_has_become_is_told() -> None:
+    bits, size = (make_budget(*asked, "auto", None, False) for asked in ((None, 3.5), ("1KB", None)))
+    assert bits is not None
+    assert size is not None
+    assert budget_met(bits, 3.4999, 77, 1e-3) == "3.5 bits for each number of the linear layers; asked for: 3.5"
+    assert budget_met(size, 3.4, 1000, 1e-3) == "1000 bytes; asked for: at most 1000"
+    assert "1.2% stay unused" in budget_met(size, 3.4, 988, 1e-3)
+    assert "2.9% stay unused" in budget_met(bits, 3.4, 988, 1e-3)
+
+
 def test_the_command(wide: Path, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["compress", str(wide), "--out", str(tmp_path / "out"), "--size", "1.2MB", "--method", "global"]
     command += ["--calibration", str(text_file), "--measure", "1", "--seq-len", "32", "--samples", "4"]
@@ -320,6 +330,7 @@ def test_the_command(wide: Path, text_file: Path, tmp_path: Path, capfd: pytest.
     facts = json.loads(told.out.splitlines()[-1])
     assert 1_180_000 < weight_bytes(tmp_path / "out") <= 1_200_000
     assert facts["bits"] < 32
+    assert f"{weight_bytes(tmp_path / 'out')} bytes; asked for: at most 1200000" in told.err
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "out"), "--verify"])
     assert "model.embed_tokens: int8" in capfd.readouterr().err
