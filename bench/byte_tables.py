@@ -1,12 +1,16 @@
 """Tables of bytes: precisions, ranks, and both under one budget. `bench.tables` writes them."""
 
+from statistics import median
 from typing import Any
+
+from scipy.stats import spearmanr
 
 from bench.sheet import calibration, markdown, read, versions
 
 TEXTS = ("wikitext2", "c4")
 MODELS = ((False, "rotated"), (True, "as it comes"))
 TOGETHER = ("chosen together, channels too", "chosen together")
+CAUSES = ("ranks", "rounding", "ranks and rounding")
 BESIDE = ("lowrank and dense, bf16", "pivot and dense, bf16")
 
 Row = dict[str, Any]
@@ -96,3 +100,31 @@ def bnb() -> str:
         f"{table}\nPerplexity on {first['windows']} windows of WikiText-2, {first['seq_len']} tokens each. "
         f"`{first['model']}`, {first['device']}, {versions(first)}.\n"
     )
+
+
+def choices() -> str:
+    """Single choices, predicted and measured: a row a cause of loss."""
+    rows, body = read("cpu/studies.choices.jsonl"), []
+    for name in (*CAUSES, None):
+        some = [row for row in rows if name in (None, row["cause"])]
+        cells = [cell for text in TEXTS for cell in compared(some, text)]
+        body.append([name or "all", str(len(some)), *cells])
+    heads = ["what changes", "choices", *(f"{text}, {what}" for text in TEXTS for what in ("median", "correlation"))]
+    first = rows[0]
+    return (
+        f"{markdown(heads, body)}\nOne layer at a time, the residual stream rotated; measured: divergence from the "
+        f"dense model on {first['windows']} windows of {first['seq_len']} tokens. Median: of measured over predicted "
+        f"loss; correlation: Spearman's, of the two. `{first['model']}`, {first['device']}, {versions(first)}.\n"
+    )
+
+
+def pairs(rows: list[Row], text: str) -> list[tuple[float, float]]:
+    """What each choice was predicted to cost, and what it did."""
+    return [(sum(row["predicted"].values()), row["divergence"][text]) for row in rows]
+
+
+def compared(rows: list[Row], text: str) -> tuple[str, str]:
+    """Median of measured over predicted loss, and their rank correlation."""
+    before, after = zip(*pairs(rows, text), strict=True)
+    ratio = median(b / a for a, b in zip(before, after, strict=True))
+    return f"{ratio:.2f}", f"{spearmanr(before, after).statistic:.2f}"

@@ -8,11 +8,13 @@ import re
 import sys
 from typing import Any
 
-from bench.byte_tables import bnb, rounded, then_nf4, tradeoff
+from bench.byte_tables import bnb, choices, rounded, then_nf4, tradeoff
 from bench.serving_tables import backends, equality, memory, overload, runtime, runtime_bits, soak, speculative, vllm
 from bench.sheet import ROOT, calibration, exists, markdown, read, versions
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ALWAYS = ("quality", "comparison", "rounded")  # their result files are committed
+FILES = {"choices": "studies.choices"}  # of tables that are not named after theirs
 COMPARED = (
     *("uniform (SVD-LLM)", "SVD-LLM v2", "D-Rank", "ASVD", "Dobi-SVD (ranks)", "ARS", "LLRC, any-k", "STRS, whitened"),
     *("ARA, as published", "ARA, mended", "global", "global, two texts", "rankwise"),
@@ -147,12 +149,13 @@ def estimate() -> str:
 
 def measured(name: str) -> bool:
     """Whether a table's result file is there; those of `quality` and `methods` are committed and have to be."""
-    return name in ("quality", "comparison", "rounded") or exists(f"cpu/{name}.jsonl")
+    return name in ALWAYS or exists(f"cpu/{FILES.get(name, name)}.jsonl")
 
 
 TABLES = {
     "backends": backends,
     "bnb": bnb,
+    "choices": choices,
     "comparison": comparison,
     "equality": equality,
     "estimate": estimate,

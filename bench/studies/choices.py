@@ -3,27 +3,28 @@
     python -m bench.studies.choices --train wikitext-2-raw/train_1MB.txt --test wikitext-2-raw/test.txt --c4 c4.jsonl
 
 Moments, factors and the table of rounding are those of `bench.tradeoff` (give its `--work`), made there or here.
-Choices are drawn with a seed; every one is carried out alone in the otherwise dense model and tested. Rows go to
-bench/results/cpu/studies.choices.jsonl; interrupted, the same command goes on.
+Choices are drawn with a seed; every one is carried out alone in the otherwise dense model. What it costs is the
+divergence from the dense model on a few windows that nothing was fitted to: of single layers, the perplexity of as many
+windows would tell noise. Rows go to bench/results/cpu/studies.choices.jsonl; interrupted, the same command goes on.
 """
 
 import copy
 import json
-import math
 import random
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
-from scipy.stats import spearmanr
+from torch.nn.functional import kl_div
 
 from bench import tradeoff
+from bench.byte_tables import CAUSES, pairs
 from bench.harness import kept_rows
 from bench.studies.plots import figure
 from bench.texts import test_windows
 from rankwise.alloc.joint import Trust, priced
 from rankwise.alloc.methods import Global
 from rankwise.budgets import make_budget
-from rankwise.evaluate import perplexity
 from rankwise.pipeline import compress
 from rankwise.plan import KINDS, LayerSpec, RankPlan, layer_parameters
 from rankwise.progress import on_terminal
@@ -33,7 +34,7 @@ from rankwise.zoo import quiet_transformers
 COUNT = 96  # choices, each of another layer
 STEP = 64  # ranks are multiples of it, which blocks of all precisions but int4 by 128 divide
 SHARES = (0.2, 0.8)  # of the full rank, between which ranks are drawn
-CAUSES = ("ranks", "rounding", "ranks and rounding")
+WINDOWS = 2  # of each text
 
 
 def draw(shapes: dict[str, tuple[int, int]], count: int, seed: int = 0) -> list[tuple[str, LayerSpec]]:
@@ -69,36 +70,39 @@ def alone(bench: tradeoff.Bench, name: str, spec: LayerSpec) -> RankPlan:
     return RankPlan({**dict(dense), name: spec})
 
 
-def measure(bench: tradeoff.Bench, name: str, spec: LayerSpec, tests: dict[str, Any]) -> dict[str, float]:
-    """Perplexities of the model with one layer changed."""
+@torch.no_grad()
+def logprobs(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[T, vocab]` fp32 of a window's next tokens."""
+    return model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def measure(
+    bench: tradeoff.Bench, name: str, spec: LayerSpec, tests: dict[str, torch.Tensor], dense: dict[str, Any]
+) -> dict[str, float]:
+    """Kullback-Leibler divergence of the model with one layer changed from the dense one, nats a token."""
     model = copy.deepcopy(bench.model)
     compress(model, alone(bench, name, spec), bench.store, rounding=bench.rounder())
-    return {text: perplexity(model, windows) for text, windows in tests.items()}
+    apart: dict[str, list[float]] = {text: [] for text in tests}
+    for text, windows in tests.items():
+        for window, known in zip(windows, dense[text], strict=True):
+            found = kl_div(logprobs(model, window), known, reduction="sum", log_target=True)
+            apart[text].append(float(found) / len(window))
+    return {text: sum(values) / len(values) for text, values in apart.items()}
 
 
-def cause(row: dict[str, Any]) -> str:
-    """What a choice changes."""
-    coded, cut = row["predicted"]["rounding"] > 0, row["kind"] != "dense"
+def cause(foreseen: dict[str, float], spec: LayerSpec) -> str:
+    """What a choice changes; `foreseen` is what was predicted."""
+    coded, cut = foreseen["rounding"] > 0, spec.kind != "dense"
     return CAUSES[2] if coded and cut else CAUSES[1] if coded else CAUSES[0]
 
 
-def nats(row: dict[str, Any], dense: dict[str, float], text: str = "wikitext2") -> float:
-    """What a choice cost, a token."""
-    return math.log(row["perplexity"][text] / dense[text])
-
-
-def drawn(axes: Axes, rows: list[dict[str, Any]], dense: dict[str, float]) -> None:
-    """Measured against predicted nats; below a ten-thousandth they are noise and lie on the edge."""
+def drawn(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Measured against predicted nats."""
     for name in CAUSES:
-        own = [row for row in rows if cause(row) == name]
-        points = [(sum(row["predicted"].values()), max(1e-4, nats(row, dense))) for row in own]
+        points = pairs([row for row in rows if row["cause"] == name], "wikitext2")
         axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, linestyle="", label=name)
     axes.axline((1e-3, 1e-3), (1e-1, 1e-1), color="grey", linewidth=0.8)
-    every = [(sum(row["predicted"].values()), nats(row, dense)) for row in rows]
-    rank = spearmanr(*zip(*every, strict=True)).statistic
-    axes.set(
-        xlabel="predicted loss of one layer, nats a token", ylabel="measured", title=f"rank correlation {rank:.3f}"
-    )
+    axes.set(xlabel="predicted loss of one layer, nats a token", ylabel="measured")
     axes.legend()
 
 
@@ -108,31 +112,25 @@ def main() -> None:
     quiet_transformers()
     model, tokenizer = tradeoff.load(options)
     bench = tradeoff.prepare(model, tokenizer, options)
-    own = {"bench": "studies.choices", "plain": options.plain, "moments": bench.moments}
+    own = {"bench": "studies.choices", "plain": options.plain, "moments": bench.moments, "windows": WINDOWS}
     facts = tradeoff.identity(options) | own
     rows = kept_rows(options.out, facts)
     there = {(row["layer"], row["kind"], row["rank"], row["precision"]) for row in rows}
-    tests = {text: test_windows(text, options, tokenizer) for text in ("wikitext2", "c4")}
-    todo = [("", None), *draw(bench.shapes, COUNT)]
+    tests = {text: test_windows(text, options, tokenizer)[:WINDOWS] for text in ("wikitext2", "c4")}
+    dense = {text: [logprobs(bench.model, window) for window in windows] for text, windows in tests.items()}
+    todo = draw(bench.shapes, COUNT)
     with on_terminal("choices", len(todo)) as advance:
         for name, spec in todo:
-            key = (name, "", 0, "") if spec is None else (name, spec.kind, spec.rank, str(spec.precision))
+            key = (name, spec.kind, spec.rank, str(spec.precision))
             if key not in there:
+                foreseen = predicted(bench, name, spec)
                 row = facts | dict(zip(("layer", "kind", "rank", "precision"), key, strict=True))
-                row["predicted"] = {} if spec is None else predicted(bench, name, spec)
-                found = None if spec is None else measure(bench, name, spec, tests)
-                row["perplexity"] = found or {text: perplexity(bench.model, windows) for text, windows in tests.items()}
-                rows.append(row)
+                row |= {"cause": cause(foreseen, spec), "predicted": foreseen}
+                rows.append(row | {"divergence": measure(bench, name, spec, tests, dense)})
                 with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(rows[-1]) + "\n")
             advance()
-    dense = next(row["perplexity"] for row in rows if not row["layer"])
-    changed = [row for row in rows if row["layer"]]
-    figure("predicted-choices", lambda axes: drawn(axes, changed, dense))
-    for name in CAUSES:
-        some = [row for row in changed if cause(row) == name]
-        ratio = sum(nats(r, dense) for r in some) / (sum(sum(r["predicted"].values()) for r in some) or math.nan)
-        print(f"{name}: {len(some)} choices, measured over predicted {ratio:.2f}")  # noqa: T201
+    figure("predicted-choices", lambda axes: drawn(axes, rows))
 
 
 if __name__ == "__main__":
