@@ -129,8 +129,12 @@ class Bench:
         ratio = share * BF16 / (8 * self.alone(precision).bytes / sum(m * n for m, n in self.shapes.values()))
         if not 0.5 < ratio < 1:
             return None
-        method = Global(ratio=ratio, kinds=PLAIN, rank_multiple=max(8, precision.block), tolerance=0.01)
-        return method.allocate(self.store, "bf16").stored_as(precision)
+        while True:  # what the scales take depends on the ranks
+            method = Global(ratio=ratio, kinds=PLAIN, rank_multiple=max(8, precision.block), tolerance=0.01)
+            plan = method.allocate(self.store, "bf16").stored_as(precision)
+            if plan.bytes <= share * self.dense_bytes:
+                return plan
+            ratio *= 0.9999 * share * self.dense_bytes / plan.bytes
 
     def measure(self, made: Made, rounding: str, tests: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Carry a plan out and test it."""

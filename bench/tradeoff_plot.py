@@ -6,33 +6,40 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench.byte_tables import BESIDE, TOGETHER
 from bench.studies.plots import save
 
 ROOT = Path(__file__).parent.parent
 ROWS, OUT = ROOT / "bench" / "results" / "cpu" / "tradeoff.jsonl", ROOT / "docs" / "tradeoff.svg"
-CHOSEN = ("chosen together, channels too", "chosen together", "ranks, then int4 by 64")
-CURVES = (*CHOSEN, "pivot and dense, bf16", "lowrank and dense, bf16")
+CURVES = (*TOGETHER, "ranks, then int8", "ranks, then int4 by 64", *BESIDE)
+THEIRS = "nf4, nearest"  # has bitsandbytes' codes, see `bench.bnb`
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """A panel a test text, logarithmic perplexity; whole models in one precision are single points."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(11.5, 4.2), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, test in zip(panels, ("wikitext2", "c4"), strict=True):
         for name in CURVES:
             own = sorted((row["share"], row["perplexity"][test]) for row in rows if row["name"] == name)
             if own:
                 axes.plot(*zip(*own, strict=True), marker="o", markersize=4, label=name)
-        for row in rows:
-            if row["name"] not in CURVES and "share" in row:
-                way = "fed back" if row["rounding"] == "feedback" else "nearest"
-                name = f"{row['name'].removesuffix(', nearest')}, {way}"
-                axes.plot(row["share"], row["perplexity"][test], linestyle="", marker="x", label=name)
+        points = [row for row in rows if row["name"] not in CURVES and "share" in row]
+        for number, row in enumerate(points):
+            marker, colour = ("v" if row["rounding"] == "nearest" else "x"), f"C{number % 10}"
+            axes.plot(row["share"], row["perplexity"][test], marker, color=colour, markersize=5, label=titled(row))
         dense = next(row["perplexity"][test] for row in rows if row["name"] == "dense")
         axes.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense, bf16")
         axes.set(title=test, xlabel="bytes of the linear layers, share of bf16", ylabel="perplexity", yscale="log")
-    panels[1].legend(fontsize=7, loc="upper right")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     return figure
+
+
+def titled(row: dict[str, Any]) -> str:
+    """What the legend says of a whole model in one precision."""
+    if row["name"] == THEIRS:
+        return f"{THEIRS} (bitsandbytes' codes)"
+    return row["name"] if row["rounding"] == "nearest" else f"{row['name']}, fed back"
 
 
 def main() -> None:
