@@ -113,7 +113,7 @@ def choices() -> str:
     first = rows[0]
     return (
         f"{markdown(heads, body)}\nOne layer at a time, the residual stream rotated; measured: divergence from the "
-        f"dense model on {first['windows']} windows of {first['seq_len']} tokens. Median: of measured over predicted "
+        f"dense model in fp32, on {first['windows']} x {first['seq_len']} tokens. Median: of measured over predicted "
         f"loss; correlation: Spearman's, of the two. `{first['model']}`, {first['device']}, {versions(first)}.\n"
     )
 

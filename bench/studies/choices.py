@@ -4,8 +4,9 @@
 
 Moments, factors and the table of rounding are those of `bench.tradeoff` (give its `--work`), made there or here.
 Choices are drawn with a seed; every one is carried out alone in the otherwise dense model. What it costs is the
-divergence from the dense model on a few windows that nothing was fitted to: of single layers, the perplexity of as many
-windows would tell noise. Rows go to bench/results/cpu/studies.choices.jsonl; interrupted, the same command goes on.
+divergence from the dense model on a window of each text that nothing was fitted to, numbers as stored and computed with
+in fp32: of single layers, the perplexity of as many tokens would tell noise, and so does a divergence in bf16.
+Rows go to bench/results/cpu/studies.choices.jsonl; interrupted, the same command goes on.
 """
 
 import copy
@@ -34,7 +35,7 @@ from rankwise.zoo import quiet_transformers
 COUNT = 96  # choices, each of another layer
 STEP = 64  # ranks are multiples of it, which blocks of all precisions but int4 by 128 divide
 SHARES = (0.2, 0.8)  # of the full rank, between which ranks are drawn
-WINDOWS = 2  # of each text
+WINDOWS = 1  # of each text
 
 
 def draw(shapes: dict[str, tuple[int, int]], count: int, seed: int = 0) -> list[tuple[str, LayerSpec]]:
@@ -82,6 +83,7 @@ def measure(
     """Kullback-Leibler divergence of the model with one layer changed from the dense one, nats a token."""
     model = copy.deepcopy(bench.model)
     compress(model, alone(bench, name, spec), bench.store, rounding=bench.rounder())
+    torch.nn.Module.float(model)  # transformers' own refuses coded models
     apart: dict[str, list[float]] = {text: [] for text in tests}
     for text, windows in tests.items():
         for window, known in zip(windows, dense[text], strict=True):
@@ -117,7 +119,8 @@ def main() -> None:
     rows = kept_rows(options.out, facts)
     there = {(row["layer"], row["kind"], row["rank"], row["precision"]) for row in rows}
     tests = {text: test_windows(text, options, tokenizer)[:WINDOWS] for text in ("wikitext2", "c4")}
-    dense = {text: [logprobs(bench.model, window) for window in windows] for text, windows in tests.items()}
+    exact = copy.deepcopy(bench.model).float()
+    dense = {text: [logprobs(exact, window) for window in windows] for text, windows in tests.items()}
     todo = draw(bench.shapes, COUNT)
     with on_terminal("choices", len(todo)) as advance:
         for name, spec in todo:
