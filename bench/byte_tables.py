@@ -111,9 +111,10 @@ def choices() -> str:
         body.append([name or "all", str(len(some)), *cells])
     heads = ["what changes", "choices", *(f"{text}, {what}" for text in TEXTS for what in ("median", "correlation"))]
     first = rows[0]
+    tokens = first["windows"] * first["seq_len"]
     return (
         f"{markdown(heads, body)}\nOne layer at a time, the residual stream rotated; measured: divergence from the "
-        f"dense model in fp32, on {first['windows']} x {first['seq_len']} tokens. Median: of measured over predicted "
+        f"dense model in fp32, on {tokens} tokens of each text. Median: of measured over predicted "
         f"loss; correlation: Spearman's, of the two. `{first['model']}`, {first['device']}, {versions(first)}.\n"
     )
 
