@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.rotation import rotate
+from bench.sheet import append
 from rankwise.anatomy import block_linears
 from rankwise.evaluate import perplexity
 from rankwise.kernels.fragments import split_nibbles
@@ -48,9 +49,7 @@ def main() -> None:
     found["bitsandbytes"] = measured(theirs, windows)
     apart = abs(found["rankwise"]["perplexity"] / found["bitsandbytes"]["perplexity"] - 1)
     row = identity(options) | {"codes": codes, "apart": apart} | found
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append(options.out, row)
     print(json.dumps(row, indent=1))  # noqa: T201
     sys.exit(apart > APART or codes["differing"] != codes["ties"] or codes["absmax_differing"] > 0)
 

@@ -19,12 +19,12 @@ Row = dict[str, Any]
 def rounded() -> str:
     """Perplexity of whole models in one precision: a row a precision, to the nearest and fed back on each model."""
     rows = [row for row in read("cpu/tradeoff.jsonl") if row["asked"] is None]
-    dense = {row["plain"]: row for row in rows if row["name"] == "dense"}
-    body = [["bf16", "100%", "16", *(part for plain, _ in MODELS for part in ("–", figures(dense.get(plain))))]]
-    whole = {row["name"].removesuffix(", nearest"): row for row in rows if "share" in row}
+    found = {(row["name"].removesuffix(", nearest"), row["plain"], row["rounding"]): row for row in rows}
+    dense = [cell for plain, _ in MODELS for cell in ("–", figures(found.get(("dense", plain, ""))))]
+    body = [["bf16", "100%", "16", *dense]]
+    whole = {name: row for (name, *_), row in found.items() if "share" in row}
     for name, any_row in sorted(whole.items(), key=lambda entry: -entry[1]["share"]):
-        found = {(row["plain"], row["rounding"]): row for row in rows if row["name"].removesuffix(", nearest") == name}
-        cells = [figures(found.get((plain, way))) for plain, _ in MODELS for way in ("nearest", "feedback")]
+        cells = [figures(found.get((name, plain, way))) for plain, _ in MODELS for way in ("nearest", "feedback")]
         body.append([name, f"{any_row['share']:.1%}", f"{any_row['bits']:.3g}", *cells])
     heads = [f"{title}, {way}" for _, title in MODELS for way in ("nearest", "fed back")]
     return f"{markdown(['layers', 'bytes of bf16', 'bits a weight', *heads], body)}\n{tested(rows[0])}\n"

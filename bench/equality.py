@@ -9,13 +9,13 @@ output. Rows go to bench/results/cpu/equality.jsonl.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.sheet import append
 from rankwise import LLM, SamplingParams
 from rankwise.engine.runtime.sequence import Sequence
 from rankwise.progress import on_terminal
@@ -42,9 +42,7 @@ def main() -> None:
             equal = sum(follows(model, s.prompt, s.output) for s in sequences)
             row = {"bench": "equality", "versions": versions(), "model": Path(name).name, "prompts": len(made)}
             row |= {"new": options.new, "batch": batch, "equal": equal} | facts
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(options.out, row)
             print(row, flush=True)  # noqa: T201
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.sheet import append
 from bench.texts import add_text_options, test_windows, train_windows
 from rankwise.alloc.calibration import Calibration
 from rankwise.alloc.curvature import FORMAT, Curvature, collect, hash_windows
@@ -105,8 +106,7 @@ def run(bench: str, cases: Sequence[Case], description: str) -> list[dict[str, A
         row = facts | metric(case, options) | {"key": case.key, **json.loads(json.dumps(asdict(case)))}
         row |= in_process(bench, case)
         rows.append(row)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.out, row)
         figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
         print(f"{case.name:36} kept {case.ratio:.2f}  {figures}  {row['seconds']:.0f} s", flush=True)  # noqa: T201
     return rows

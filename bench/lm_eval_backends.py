@@ -9,7 +9,6 @@ command fails if an accuracy is further from the one in memory than its standard
 
 import argparse
 import importlib.metadata
-import json
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 import rankwise
+from bench.sheet import append
 from rankwise.engine.checkpoint import open_checkpoint
 from rankwise.progress import on_terminal
 from rankwise.provenance import versions
@@ -45,9 +45,7 @@ def main() -> None:
     for way in WAYS:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             rows.append(facts | pool.submit(scored, way, options).result())
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        append(options.out, rows[-1])
         print(line(rows[-1]), flush=True)  # noqa: T201
     worst = max(distance(rows[0]["scores"], row["scores"]) for row in rows[1:])
     print(f"furthest from in memory: {worst:.2f} standard errors")  # noqa: T201

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rankwise
+from bench.sheet import append
 from rankwise.anatomy import block_linears
 from rankwise.bench.memory import of_decoder, peak, reset_peak
 from rankwise.engine.runtime.llm import LLM
@@ -52,7 +53,6 @@ def main() -> None:
     if options.folder:
         print(json.dumps(measured(options.folder, options.kv_tokens)))  # noqa: T201
         return
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     work = options.work or Path(tempfile.mkdtemp(prefix="rankwise-memory-"))
     for name in options.weights or PRECISIONS:
         folder = made(options.model, name, work)
@@ -60,8 +60,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = {"bench": "memory", "device": "cpu", "versions": versions(), "model": options.model, "weights": name}
         row |= {"threads": torch.get_num_threads()} | json.loads(done.stdout.strip().splitlines()[-1])
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.out, row)
         print(json.dumps(row), flush=True)  # noqa: T201
 
 

@@ -8,7 +8,6 @@ curvature and factors are kept, and an interrupted run continues from them.
 """
 
 import argparse
-import json
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.sheet import append
 from rankwise.alloc.curvature import FORMAT, collect
 from rankwise.alloc.methods import Global, Method, Uniform
 from rankwise.alloc.store import FactorStore, factorize_model
@@ -109,9 +109,7 @@ def identity(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 def write(path: Path, row: dict[str, Any]) -> None:
     """Append one JSON line and say what it holds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append(path, row)
     print(f"{row['name']:38} kept {row['ratio']:.2f}  perplexity {row['perplexity']:.2f}")  # noqa: T201
 
 

@@ -7,8 +7,6 @@ bench/results/cpu/runtime.jsonl.
 """
 
 import argparse
-import json
-from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.sheet import append, made_of, with_spread
 from rankwise.bench import BenchConfig, bench, line_up
 from rankwise.bench.summary import spread
 from rankwise.engine.checkpoint import is_rankwise, open_checkpoint
@@ -38,11 +37,9 @@ def main() -> None:
     found = bench(contestants, config, track=on_terminal)
     facts = {"bench": "runtime", "versions": versions(), "threads": torch.get_num_threads(), "model": options.model}
     facts |= {"dtype": options.dtype, "prompt": options.prompt, "new": options.new} | described(options.compressed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for batch, rows in groupby(found["rows"], lambda row: row["batch"]):
         row = facts | {"batch": batch, "rounds": options.rounds} | figures(list(rows), options.compressed)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.out, row)
         print(line(row), flush=True)  # noqa: T201
 
 
@@ -81,14 +78,13 @@ def described(folder: str | None) -> dict[str, Any]:
     if not folder or not is_rankwise(folder):
         return {"kept": None}
     plan = open_checkpoint(folder)[0]
-    made_of = dict(Counter(f"{spec.kind}, {spec.precision}" for _, spec in plan).most_common())
-    return {"kept": plan.ratio, "bits": plan.bits, "made_of": made_of}
+    return {"kept": plan.ratio, "bits": plan.bits, "made_of": made_of(plan)}
 
 
 def line(row: dict[str, Any]) -> str:
     """One line for a person."""
     rates = "  ".join(f"{name} {v[1]:.1f} tok/s" for name, v in row["tokens_per_second"].items())
-    ratios = "  ".join(f"{name} {v[1]:.2f} ({v[0]:.2f} to {v[2]:.2f})" for name, v in row["ratios"].items())
+    ratios = "  ".join(f"{name} {with_spread(v)}" for name, v in row["ratios"].items())
     return f"batch {row['batch']:3}  {rates}  |  {ratios}"
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.sheet import markdown, read, versions
+from bench.sheet import markdown, read, versions, with_spread
 
 
 def runtime() -> str:
@@ -21,7 +21,7 @@ def runtime_bits() -> str:
         rates, ratio = row["tokens_per_second"], row["ratios"][pair]
         made_of = "; ".join(f"{count} {what}" for what, count in row["made_of"].items())
         speeds = [f"{rates[name][1]:.1f}" for name in ("transformers", "runtime", "runtime, compressed")]
-        body.append([made_of, f"{row['bits']:.2f}", *speeds, f"{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})"])
+        body.append([made_of, f"{row['bits']:.2f}", *speeds, with_spread(ratio)])
     heads = [
         "layers",
         "bits a weight",
@@ -49,7 +49,7 @@ def speeds(rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
         rates = [f"{row['tokens_per_second'][name][1]:.1f}" for name in names]
-        ratios = [f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})" for r in (row["ratios"][pair] for pair in pairs)]
+        ratios = [with_spread(row["ratios"][pair]) for pair in pairs]
         body.append([str(row["batch"]), *rates, *ratios])
     return markdown(["requests at once", *names, *pairs], body)
 
@@ -107,7 +107,7 @@ def speculative() -> str:
         rates, ratio = row["tokens_per_second"], row["ratio"]
         line = [f"{row['kept']:.0%} kept", f"{row['equal']} of {row['prompts']}", f"{row['acceptance']:.0%}"]
         speed = [f"{row['tokens_per_check']:.2f}", f"{rates['drafting'][1]:.1f}", f"{rates['alone'][1]:.1f}"]
-        body.append([*line, *speed, f"{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})"])
+        body.append([*line, *speed, with_spread(ratio)])
     first = rows[0]
     return (
         f"{markdown(heads, body)}\n`{first['model']}` in {first['dtype']}, greedy, prompts of {first['prompt']} tokens "

@@ -27,6 +27,7 @@ import psutil
 from openai import APIStatusError, AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.sheet import append
 from rankwise.progress import Track, on_terminal, silent
 from rankwise.provenance import versions
 
@@ -167,12 +168,9 @@ def serve(*arguments: str) -> list[str]:
 
 def write(row: dict[str, Any], out: Path | None) -> None:
     """Print a row, and append it to a file if there is to be one."""
-    line = json.dumps(row)
-    print(line)  # noqa: T201
+    print(json.dumps(row))  # noqa: T201
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append(out, row)
 
 
 def ended(server: subprocess.Popen[str]) -> int:

@@ -8,13 +8,13 @@ bench/results/cpu/speculative.jsonl.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.sheet import append
 from rankwise import LLM, SamplingParams
 from rankwise.engine.checkpoint import is_rankwise, open_checkpoint
 from rankwise.provenance import versions
@@ -36,9 +36,7 @@ def main() -> None:
     )
     rounds = measure(alone, drafting, cut(alone.tokenizer, options), options.new)
     row = facts(options) | figures(rounds, drafting)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append(options.out, row)
     print(line(row), flush=True)  # noqa: T201
 
 

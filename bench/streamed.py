@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench.sheet import append
 from rankwise.alloc.curvature import Curvature
 from rankwise.alloc.seeds import generator
 from rankwise.alloc.stream import BlockStream
@@ -114,9 +115,7 @@ def write(options: argparse.Namespace, row: dict[str, Any]) -> None:
     """One row to the results."""
     facts = {"bench": "streamed", "device": "cpu", "versions": versions(), "threads": torch.get_num_threads()}
     row = facts | {"shape": SHAPE, "blocks": options.blocks, "tokens": options.tokens, "dtype": "bf16"} | row
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append(options.out, row)
     print(json.dumps(row), flush=True)  # noqa: T201
 
 

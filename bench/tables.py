@@ -13,8 +13,8 @@ from bench.serving_tables import backends, equality, memory, overload, runtime, 
 from bench.sheet import ROOT, calibration, exists, markdown, read, versions
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-ALWAYS = ("quality", "comparison", "rounded")  # their result files are committed
-FILES = {"choices": "studies.choices"}  # of tables that are not named after theirs
+ALWAYS = ("quality", "comparison")  # their result files are committed
+FILES = {"choices": "studies.choices", "rounded": "tradeoff"}  # of tables that are not named after theirs
 COMPARED = (
     *("uniform (SVD-LLM)", "SVD-LLM v2", "D-Rank", "ASVD", "Dobi-SVD (ranks)", "ARS", "LLRC, any-k", "STRS, whitened"),
     *("ARA, as published", "ARA, mended", "global", "global, two texts", "rankwise"),

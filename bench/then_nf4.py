@@ -9,7 +9,6 @@ to bench/results/cpu/then_nf4.jsonl.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn import functional
 
 from bench.harness import Case, calibrate, identity, kept_rows, metric, parse, refit_texts, refitted, require_metric
 from bench.methods import cases
+from bench.sheet import append
 from bench.texts import test_windows
 from rankwise.anatomy import weight_of
 from rankwise.engine.checkpoint import save
@@ -106,8 +106,7 @@ def main() -> None:
             continue
         case = find(name)
         row = facts | metric(case, options) | measure(case, options)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.out, row)
         print(name, row["perplexity"], flush=True)  # noqa: T201
 
 

@@ -10,10 +10,8 @@ are not made again; rows go to bench/results/cpu/tradeoff.jsonl.
 
 import argparse
 import copy
-import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 
 from bench.harness import CPU, kept_rows
 from bench.rotation import rotate
+from bench.sheet import append, made_of
 from bench.texts import add_text_options, test_windows, train_windows
 from rankwise.alloc.curvature import FORMAT, Curvature, collect
 from rankwise.alloc.joint import joint_plan
@@ -149,7 +148,7 @@ class Bench:
         facts = {"seconds": round(time.monotonic() - started, 1), "rounding": rounding}
         if plan is not None:
             facts |= {"bytes": plan.bytes, "share": plan.bytes / self.dense_bytes, "bits": plan.bits}
-            facts |= {"made_of": dict(Counter(f"{spec.kind}, {spec.precision}" for _, spec in plan).most_common())}
+            facts |= {"made_of": made_of(plan)}
             facts |= {"predicted": plan.loss, "candidates": plan.provenance.get("candidates")}
         return facts | {
             "perplexity": {name: perplexity(model, test, track=on_terminal) for name, test in tests.items()}
@@ -200,8 +199,7 @@ def main() -> None:
         if made is None and name != "dense":
             continue
         row = facts | {"name": name, "asked": share, "plain": options.plain} | bench.measure(made, rounding, tests)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.out, row)
         figures = "  ".join(f"{test} {value:.2f}" for test, value in row["perplexity"].items())
         print(f"{name:28} {row.get('share', 1):.4f}  {figures}  {row['seconds']:.0f} s", flush=True)  # noqa: T201
 
@@ -223,12 +221,17 @@ def prepare(model: Any, tokenizer: Any, options: argparse.Namespace) -> Bench:
     work = options.work / ("plain" if options.plain else "rotated")
     curvature = collect(model, inputs, gradients, work / "curvature", device=CPU, track=on_terminal)
     store = factorize_model(model, curvature, work / "factors", sides="two", device=CPU, track=on_terminal)
-    budget = make_budget(None, 4.0, "auto", None, False)
-    assert budget is not None
-    precisions, place = budget.for_model(model_dtype(model)), work / "rounding"
+    precisions, place = automatic(model_dtype(model)), work / "rounding"
     table = measure_rounding(model, curvature, store, precisions, KINDS, place, device=CPU, track=on_terminal)
     held_out = collect(model, judges, judges, work / "held_out", device=CPU, track=on_terminal)
     return Bench(model, curvature, store, table, work, {"inputs": inputs, "judges": judges}, held_out)
+
+
+def automatic(dtype: str) -> tuple[Precision, ...]:
+    """What a budget of bytes chooses from, unless told otherwise, for a model of one dtype."""
+    budget = make_budget(None, BF16, "auto", None, False)
+    assert budget is not None
+    return budget.for_model(dtype)
 
 
 def wanted(name: str, share: float | None, options: argparse.Namespace) -> bool:

@@ -10,14 +10,14 @@ text. Rows go to bench/results/cpu/vllm.jsonl.
 
 import argparse
 import importlib.metadata
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from bench.runtime import figures, kept, line, parse_shape
+from bench.runtime import described, figures, line, parse_shape
+from bench.sheet import append
 from rankwise.bench import BenchConfig, bench, line_up
 from rankwise.errors import RankwiseError
 from rankwise.progress import on_terminal
@@ -45,13 +45,11 @@ def main() -> None:
     config = BenchConfig(**shape, rounds=options.rounds, device="cpu", dtype=options.dtype)
     found = bench(contestants, config, text=ids, track=on_terminal)["rows"]
     facts = {"bench": "vllm", "versions": versions() | {"vllm": version()}, "device": device(found)}
-    facts |= {"model": options.model, "kept": kept(options.compressed), "dtype": options.dtype}
+    facts |= {"model": options.model, "dtype": options.dtype} | described(options.compressed)
     facts |= {"text": Path(options.text).name, "prompt": options.prompt, "new": options.new, "rounds": options.rounds}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for batch, rows in groupby(found, lambda row: row["batch"]):
         row = facts | {"batch": batch} | figures(list(rows), options.compressed, PAIRS)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.out, row)
         print(line(row), flush=True)  # noqa: T201
 
 

@@ -104,11 +104,12 @@ def budget_met(budget: ByteBudget, bits: float, size: int, tolerance: float) -> 
         size: bytes of the weight files.
         tolerance: relative; more than that left over is explained.
     """
-    used, asked = (bits, budget.bits) if budget.size is None else (size, budget.size)
-    assert asked is not None
-    if budget.size is None:
+    if budget.bits is not None:
+        used, asked = bits, budget.bits
         line = f"{used:.4g} bits for each number of the linear layers; asked for: {asked:g}"
     else:
+        assert budget.size is not None
+        used, asked = size, budget.size
         line = f"{used} bytes; asked for: at most {asked}"
     if used < (1 - tolerance) * asked:
         line += f"; {1 - used / asked:.1%} stay unused: no layer gains by more, or the next step is larger"

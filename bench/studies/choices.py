@@ -10,8 +10,8 @@ Rows go to bench/results/cpu/studies.choices.jsonl; interrupted, the same comman
 """
 
 import copy
-import json
 import random
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch.nn.functional import kl_div
 from bench import tradeoff
 from bench.byte_tables import CAUSES, pairs
 from bench.harness import kept_rows
+from bench.sheet import append
 from bench.studies.plots import figure
 from bench.texts import test_windows
 from rankwise.alloc.joint import Trust, priced
 from rankwise.alloc.methods import Global
-from rankwise.budgets import make_budget
 from rankwise.pipeline import compress
 from rankwise.plan import KINDS, LayerSpec, RankPlan, layer_parameters
 from rankwise.progress import on_terminal
@@ -40,9 +40,9 @@ WINDOWS = 1  # of each text
 
 def draw(shapes: dict[str, tuple[int, int]], count: int, seed: int = 0) -> list[tuple[str, LayerSpec]]:
     """Layers, and what each becomes; nothing larger than dense, nothing that stays as it is."""
-    budget, dice, found = make_budget(None, 4.0, "auto", None, False), random.Random(seed), []
-    assert budget is not None
-    precisions = [p for p in budget.for_model("bf16") if p.group != 128]
+    dice = random.Random(seed)
+    found: dict[str, LayerSpec] = {}
+    precisions = [p for p in tradeoff.automatic("bf16") if p.group != 128]
     while len(found) < count:
         name, kind, precision = dice.choice(list(shapes)), dice.choice(KINDS), dice.choice(precisions)
         m, n = shapes[name]
@@ -50,17 +50,16 @@ def draw(shapes: dict[str, tuple[int, int]], count: int, seed: int = 0) -> list[
         rank = full if kind == "dense" else max(1, round(full * dice.uniform(*SHARES) / STEP)) * STEP
         if (kind == "dense" and not precision.quantised) or n % precision.block:
             continue
-        if layer_parameters(kind, rank, m, n) <= m * n and all(entry[0] != name for entry in found):
-            found.append((name, LayerSpec(kind, m, n, rank).stored_as(precision)))
-    return found
+        if layer_parameters(kind, rank, m, n) <= m * n and name not in found:
+            found[name] = LayerSpec(kind, m, n, rank).stored_as(precision)
+    return list(found.items())
 
 
 def predicted(bench: tradeoff.Bench, name: str, spec: LayerSpec) -> dict[str, float]:
     """Both parts of what `joint_plan` predicts, in nats a token, as they are before `Trust` weighs them."""
-    whole = dict(alone(bench, name, spec))
     parts = {}
     for part, trust in (("ranks", Trust(1, 0)), ("rounding", Trust(0, 1))):
-        plan = priced(RankPlan(whole), Global(), bench.store, bench.table, trust)
+        plan = priced(RankPlan({name: spec}), Global(), bench.store, bench.table, trust)
         parts[part] = float(plan.layers[name].loss)
     return parts
 
@@ -77,19 +76,22 @@ def logprobs(model: Any, window: torch.Tensor) -> torch.Tensor:
     return model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
 
 
+def divergence(model: Any, window: torch.Tensor, known: torch.Tensor) -> float:
+    """Kullback-Leibler divergence of a model from the one whose log-probabilities are known, nats a token."""
+    return float(kl_div(logprobs(model, window), known, reduction="sum", log_target=True)) / len(window)
+
+
 def measure(
     bench: tradeoff.Bench, name: str, spec: LayerSpec, tests: dict[str, torch.Tensor], dense: dict[str, Any]
 ) -> dict[str, float]:
-    """Kullback-Leibler divergence of the model with one layer changed from the dense one, nats a token."""
+    """Divergence of the model with one layer changed from the dense one, on each text, nats a token."""
     model = copy.deepcopy(bench.model)
     compress(model, alone(bench, name, spec), bench.store, rounding=bench.rounder())
     torch.nn.Module.float(model)  # transformers' own refuses coded models
-    apart: dict[str, list[float]] = {text: [] for text in tests}
-    for text, windows in tests.items():
-        for window, known in zip(windows, dense[text], strict=True):
-            found = kl_div(logprobs(model, window), known, reduction="sum", log_target=True)
-            apart[text].append(float(found) / len(window))
-    return {text: sum(values) / len(values) for text, values in apart.items()}
+    return {
+        text: fmean(divergence(model, window, known) for window, known in zip(windows, dense[text], strict=True))
+        for text, windows in tests.items()
+    }
 
 
 def cause(foreseen: dict[str, float], spec: LayerSpec) -> str:
@@ -130,8 +132,7 @@ def main() -> None:
                 row = facts | dict(zip(("layer", "kind", "rank", "precision"), key, strict=True))
                 row |= {"cause": cause(foreseen, spec), "predicted": foreseen}
                 rows.append(row | {"divergence": measure(bench, name, spec, tests, dense)})
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                append(options.out, rows[-1])
             advance()
     figure("predicted-choices", lambda axes: drawn(axes, rows))
 

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 
 import rankwise
 from bench.harness import RESULTS
+from bench.sheet import append
 from bench.studies.plots import figure
 from rankwise.alloc.curvature import FORMAT
 from rankwise.files import digest
@@ -37,8 +38,7 @@ def main() -> None:
         if any(known.items() <= row.items() for row in rows):
             continue
         rows.append(known | measure(source, options))
-        with OUT.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        append(OUT, rows[-1])
     figure("rank-maps", lambda axes: draw(axes, rows), width=12)
 
 
