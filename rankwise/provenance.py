@@ -6,15 +6,17 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
+import rankwise
 from rankwise.config import CompressConfig
 from rankwise.files import read_json
 
-LIBRARIES = ("rankwise", "torch", "transformers", "safetensors")
+LIBRARIES = ("torch", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the result."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    """Versions of Python and of the libraries that decide the result; rankwise itself need not be installed."""
+    own = {"python": platform.python_version(), "rankwise": rankwise.__version__}
+    return own | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def identify_job(config: CompressConfig, weights: str) -> dict[str, Any]:

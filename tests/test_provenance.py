@@ -1,15 +1,18 @@
 """What a job is, and what a plan says of its making: all that decides the bytes, and neither time nor host."""
 
+import importlib.metadata
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rankwise
 from rankwise.alloc.methods import Ara, Global, Rankwise
 from rankwise.config import CompressConfig, TextConfig
-from rankwise.provenance import identify_job, provenance
+from rankwise.provenance import identify_job, provenance, versions
 
 
 @pytest.fixture
@@ -72,3 +75,20 @@ def test_a_plan_says_how_it_was_made(command: CompressConfig, tmp_path: Path) ->
     (tmp_path / "plan.json").write_text("{}")
     given = provenance(replace(command, plan=tmp_path / "plan.json"), {}, "bf16")
     assert given["options"] == {"method": "plan", "sides": "two"}
+
+
+def test_a_source_tree_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.version
+
+    def elsewhere(name: str) -> str:
+        if name == "rankwise":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", elsewhere)
+    assert versions()["rankwise"] == rankwise.__version__
+
+
+def test_the_package_and_the_project_say_the_same_version() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["version"] == rankwise.__version__
