@@ -44,13 +44,14 @@ class Int4(NamedTuple):
 def _ptx(dtype: torch.dtype) -> str:
     """`0x4300 | code` is 128 + code in bf16, `0x6400 | code` is 1024 + code in fp16; one addition takes the rest off.
 
-    A mask takes the codes k and k + 4 at once: they are 16 bits apart, as the two numbers of a register.
+    A mask takes the codes k and k + 4 at once: they are 16 bits apart, as the two numbers of a register. $11 is always
+    zero; what it is part of is no constant, which Triton 3.6 would build anew, half by half, for every use.
     """
     one, magic, kind = {
         torch.bfloat16: (0x3F803F80, 0x43004300, "bf16x2"),
         torch.float16: (0x3C003C00, 0x64006400, "f16x2"),
     }[dtype]
-    lines = [".reg .b32 one, low, v;", f"mov.b32 one, {one:#x};", "xor.b32 low, $11, 0x000f000f;"]
+    lines = [".reg .b32 one, low, v;", f"xor.b32 one, $11, {one:#x};", "xor.b32 low, $11, 0x000f000f;"]
     for k in range(4):
         lines += [f"shr.u32 v, $8, {4 * k};", f"lop3.b32 v, v, low, {magic:#x}, 0xea;"]
         lines += [f"fma.rn.{kind} v, v, one, ${9 + k % 2};", f"mov.b32 {{${2 * k}, ${2 * k + 1}}}, v;"]
