@@ -123,7 +123,11 @@ def backend(choice: str) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **more: Any) -> None:
-    """Start a kernel on a grid; `more` are its constants and the compiler's options. An empty grid is nothing to do."""
+    """Start a kernel on a grid; `more` are its constants and the compiler's options. An empty grid is nothing to do.
+
+    Products and sums are fused, whatever the version of Triton does by itself.
+    """
+    more = {"enable_fp_fusion": True} | more
     if _recorder is not None:
         _recorder.append(_seen(kernel, args, more))
     elif all(grid):

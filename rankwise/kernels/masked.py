@@ -202,6 +202,7 @@ def masked_matmul(
     Returns:
         `[..., m_out]`.
     """
+    keep = keep.to(x.device) if isinstance(keep, torch.Tensor) else keep  # nothing to do where it belongs there
     rank = keep if isinstance(keep, torch.Tensor) and keep.ndim == 0 else None
     if use_triton(x) and (keep is None or rank is not None):
         row = None if bias is None else bias.contiguous()
