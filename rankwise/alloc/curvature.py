@@ -229,5 +229,5 @@ def model_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 256)].float()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + sample.numpy().tobytes())
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
