@@ -22,6 +22,7 @@ from rankwise.files import (
 )
 from rankwise.plan import FORMAT, LayerSpec, RankPlan, check_embeddings, check_format
 
+GENERATION = "generation_config.json"
 PLAN = "plan.json"
 CONFIG = "config.json"
 DTYPES = {"uint8": "U8", "int8": "I8", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}  # safetensors' names
@@ -79,7 +80,7 @@ def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: P
     staging.mkdir(parents=True)
     try:
         with disk_guard(out):
-            model.save_pretrained(staging)
+            _write_model(model, staging)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
             plan.save(staging / PLAN)
@@ -91,6 +92,25 @@ def save(model: Any, tokenizer: Any, plan: RankPlan, out: str | Path, staging: P
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return out
+
+
+def _write_model(model: Any, folder: Path) -> None:
+    """`save_pretrained`, with the settings for generation that the model came with.
+
+    Some versions of transformers refuse to write what they merely warn of when they read it: a `top_k` that no sampling
+    uses, as many models have it.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        model.save_pretrained(folder)
+        return
+    model.generation_config = type(settings)()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = settings
+    if (folder / GENERATION).exists():
+        settings.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
 
 
 def headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -1,5 +1,6 @@
 """A checkpoint folder: whole or absent, checked by other people's tools, readable after others rewrote it."""
 
+import copy
 import errno
 import json
 import os
@@ -164,6 +165,19 @@ def test_a_stale_staging_folder_is_thrown_away(made: Any, tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "stale.safetensors").exists()
     assert same(tensors(tmp_path / "out"), tensors(original))
+
+
+def test_generation_settings_are_saved_as_they_are(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`top_k` without sampling: transformers refuses to write it, or does so once it was changed in memory."""
+    _, plan, small = made
+    settings = copy.deepcopy(small.generation_config)
+    settings.top_k, settings.repetition_penalty = 7, 1.5
+    monkeypatch.setattr(small, "generation_config", settings)
+    with pytest.raises(ValueError, match="top_k"):
+        settings.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(save(small, None, plan, tmp_path / "out")).generation_config
+    assert (again.top_k, again.repetition_penalty, again.eos_token_id) == (7, 1.5, settings.eos_token_id)
+    assert small.generation_config is settings
 
 
 def test_save_without_tokenizer_and_in_a_new_place(made: Any, tmp_path: Path) -> None:
