@@ -6,16 +6,21 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 import rankwise
 from rankwise.config import CompressConfig
 from rankwise.files import read_json
 
-LIBRARIES = ("torch", "transformers", "safetensors")
+LIBRARIES = ("transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the result; rankwise itself need not be installed."""
-    own = {"python": platform.python_version(), "rankwise": rankwise.__version__}
+    """Versions of Python and of the libraries that decide the result; torch's says what it was built for.
+
+    rankwise itself need not be installed.
+    """
+    own = {"python": platform.python_version(), "rankwise": rankwise.__version__, "torch": str(torch.__version__)}
     return own | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
