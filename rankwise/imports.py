@@ -144,7 +144,8 @@ def plan_of(source: Source, name: str, track: Track = silent) -> RankPlan:
     plan = RankPlan(layers, provenance={"imported": facts, "versions": versions()})
     replace_layers(model, plan.compressed)
     made = {matrix + part for matrix in source.matrices for part in ("_nf4", "_absmax")}
-    require_all(model, {*source.tensors, *made})
+    known = {found: None if found in source.matrices else shape for found, (shape, *_) in source.tensors.items()}
+    require_all(model, known | dict.fromkeys(made))
     return plan
 
 

@@ -1,5 +1,6 @@
 """The transformers door: `AutoModelForCausalLM.from_pretrained` opens rankwise checkpoints."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class RankwiseQuantizer(HfQuantizer):
         replace_layers(model, specs)
         if tables := check_embeddings(stored.get("embeddings", {}), "config.json"):
             place_embeddings(model, tables, torch.device("meta"))
-        require_all(model, set(shapes))
+        require_all(model, shapes)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` works."""
@@ -91,22 +92,28 @@ def replace_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
         setattr(parent, leaf, build_layer(spec, bias, dtype, torch.device("meta")))
 
 
-def require_all(model: Any, stored: set[str]) -> None:
-    """Raise a RankwiseError for a tensor that the checkpoint lacks; transformers would make it up.
+def require_all(model: Any, stored: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Raise a RankwiseError for a tensor that the checkpoint lacks, or has in another shape than the model.
 
-    Architectures whose tensors transformers renames or joins while loading are left to transformers' own report.
+    transformers would make up the one, and up to its version 5.22 take the other as it is. Architectures whose tensors
+    it renames or joins while loading are left to its own report.
 
     Args:
         model: with compressed layers in place.
-        stored: names of the tensors on disk; an empty set (nothing known of the files) passes.
+        stored: name to shape of the tensors on disk, None for a shape that is not looked at. An empty mapping (nothing
+            known of the files) passes.
     """
+    if not stored or get_checkpoint_conversion_mapping(getattr(model.config, "model_type", "")) is not None:
+        return
     base = f"{getattr(model, 'base_model_prefix', '')}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    expected = {name.removeprefix(base) for name in model.state_dict().keys() - tied}
-    found = {name.removeprefix(base) for name in stored}
-    renamed = get_checkpoint_conversion_mapping(getattr(model.config, "model_type", "")) is not None
-    if found and not renamed and (missing := expected - found):
+    found = {name.removeprefix(base): shape for name, shape in stored.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := {name.removeprefix(base) for name in expected.keys() - tied} - found.keys():
         raise RankwiseError(min(missing), "not in the checkpoint", "the folder is incomplete; write it again")
+    for name, shape in expected.items():
+        if (there := found.get(name.removeprefix(base))) is not None and there != shape:
+            raise RankwiseError(name, f"shape {list(there)}", f"the model has shape {list(shape)}")
 
 
 def attach(model: Any, specs: dict[str, LayerSpec], embeddings: dict[str, str] | None = None) -> None:

@@ -39,4 +39,4 @@ def check_folder(model: str, config: Any, specs: dict[str, LayerSpec]) -> None:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     replace_layers(whole, specs)
-    require_all(whole, set(shapes))
+    require_all(whole, shapes)
