@@ -9,8 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,15 +107,20 @@ def worst_order(original: Callable[..., Any], *, by_name: bool) -> Any:
         name = entry if by_name else entry.name
         return not str(name).endswith(".json"), str(name)
 
-    @contextmanager
-    def as_context(entries: list[Any]) -> Iterator[Iterator[Any]]:
-        yield iter(entries)
+    class Entries(list[Any]):
+        """What `os.scandir` gives: to be read within its context, by the name it was given or the context's."""
+
+        def __enter__(self) -> "Entries":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing is open."""
 
     def ordered(*arguments: Any) -> Any:
         if by_name:
             return sorted(original(*arguments), key=key)
         with original(*arguments) as entries:
-            return as_context(sorted(entries, key=key))
+            return Entries(sorted(entries, key=key))
 
     return ordered
 
