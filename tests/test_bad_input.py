@@ -966,7 +966,7 @@ LOADED = {
     ),
     "layer-not-listed": (
         edited("config.json", lambda c: c["quantization_config"]["layers"].pop(Q)),
-        ("model: small", Q),
+        (f"{Q}.weight: shape [1]; the model has shape [32, 32]",),
     ),
     "config-truncated": (CHECKPOINTS["config-truncated"][0], ("model: small (", ALLOWED_MODEL)),
     "tokenizer": (
