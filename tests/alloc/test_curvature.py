@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensors import DEVICE
 from torch import nn
 
 from rankwise.alloc import sweeps
-from rankwise.alloc.curvature import Curvature, collect
+from rankwise.alloc.curvature import Curvature, collect, model_hash
 from rankwise.alloc.moments import OCTAVES
 from rankwise.anatomy import block_linears
 from rankwise.errors import RankwiseError
@@ -507,3 +508,11 @@ def test_identity_is_written_for_people_to_read(tiny: Callable[..., Any], tmp_pa
     assert identity == curvature.identity
     expected = {"format": 3, "blocks": 2, "samples": 3, "gradient_samples": 2, "seq_len": 24, "seed": 5}
     assert {key: identity[key] for key in expected} == expected
+
+
+def test_a_model_has_one_hash_wherever_it_is(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    known = model_hash(model)
+    assert model_hash(model.to(DEVICE)) == known
+    next(model.parameters()).view(-1)[0] += 1
+    assert model_hash(model) != known
