@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bench.sheet import append
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,8 +31,7 @@ class Lines:
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one line, on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.facts | row) + "\n")
+        append(self.path, self.facts | row)
 
     def rows(self) -> list[dict[str, Any]]:
         """Those of this commit."""
