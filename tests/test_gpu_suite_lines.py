@@ -51,6 +51,7 @@ STATED = {
     "E3": {"rate 450"},
     "E4": {"speedup own dense 1.6"},
     "E5": {"speedup own dense 1.12"},
+    "E6": {"speedup own dense 0.45"},
 }
 
 
@@ -111,7 +112,7 @@ def test_every_stated_id_is_reached_before_the_others() -> None:
     first = [at for at, work in enumerate(order) if work.goals and work.id.startswith(suite.FIRST)]
     assert first == list(range(len(first)))
     ids = " ".join(dict.fromkeys(order[at].id for at in first))
-    assert ids == "K1 K2 K3 K4 K5 P1 Q1 Q2 T1 T2 E0 E1 E2 E3 E4 E5 S2 S1"
+    assert ids == "K1 K2 K3 K4 K5 P1 Q1 Q2 T1 T2 E0 E1 E2 E3 E4 E5 E6 S2 S1"
     long = [at for at in first if order[at].once]
     assert long == list(range(long[0], long[-1] + 1))
     assert all(order[at].tokens for at in range(long[-1] + 1, len(first)))
@@ -124,7 +125,17 @@ def test_every_stated_id_is_reached_before_the_others() -> None:
 def test_the_suite_finds_its_families_and_picks_by_name() -> None:
     everything = works(None)
     assert {family for family, _ in everything} == {*suite.FAMILIES}
-    assert {*suite.FAMILIES} == {"attention", "engine", "fourbit", "int8", "masked", "packed", "runtime", "svd"}
+    assert {*suite.FAMILIES} == {
+        "attention",
+        "engine",
+        "fourbit",
+        "int8",
+        "masked",
+        "packed",
+        "runtime",
+        "speculative",
+        "svd",
+    }
     assert {work.id for _, work in works(["K1"])} == {"K1"}
     assert {family for family, _ in works(["masked"])} == {"masked"}
     assert len({(work.id, work.name) for _, work in everything}) == len(everything)

@@ -54,7 +54,7 @@ class Batch:
 def make_batch(shares: Many[Share], block_size: int, device: torch.device) -> Batch:
     """Lay out the shares of a step, as `Scheduler.next` orders them.
 
-    On a CPU a step with more than single tokens is padded to a multiple of `HOST_MULTIPLE` tokens.
+    On a CPU a step of more than `HOST_MULTIPLE` tokens, not all of them single, is padded to a multiple of it.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -74,7 +74,7 @@ def make_batch(shares: Many[Share], block_size: int, device: torch.device) -> Ba
     tables = [block for blocks in held for block in blocks + [0] * (widest - len(blocks))]
     bounds = [0, *accumulate(share.count for share in shares)]
     decoding = sum(share.count == 1 for share in shares)
-    if device.type == "cpu" and decoding < len(shares):
+    if device.type == "cpu" and decoding < len(shares) and len(ids) > HOST_MULTIPLE:
         padding = -len(ids) % HOST_MULTIPLE
         ids, positions, slots = ids + [0] * padding, positions + [0] * padding, slots + [-1] * padding
     names = "ids", "last", "positions", "slots", "contexts", "bounds", "tables"

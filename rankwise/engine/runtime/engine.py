@@ -30,7 +30,7 @@ class EngineConfig:
         most_tokens: of one step; longer prompts come in chunks.
         most_length: tokens of a sequence, its output included.
         share: keep the blocks of finished prompts for others that begin alike.
-        graphs: on a GPU, steps that only decode run as captured CUDA graphs.
+        graphs: on a GPU, steps of few tokens run as captured CUDA graphs.
     """
 
     blocks: int
@@ -60,8 +60,9 @@ class Engine:
         limits = {"most_tokens": config.most_tokens, "most_length": config.most_length}
         self.scheduler = Scheduler(self.pool, most_sequences=config.most_sequences, **limits)
         self.keys, self.values = make_cache(decoder, self.pool)
-        cache = self.keys, self.values
-        self.forward = forward(decoder, *cache, config.most_sequences, self.scheduler.most_length, config.graphs)
+        rows = config.most_sequences if drafter is None else drafter.rows(config.most_sequences)
+        arguments = rows, self.scheduler.most_length, config.graphs
+        self.forward = forward(decoder, self.keys, self.values, *arguments)
 
     def add(self, prompt: Many[int], params: SamplingParams) -> Sequence:
         """Take a request; it runs in the steps that follow.

@@ -1,8 +1,9 @@
-"""Decoding on a GPU as captured graphs: a step in which every sequence brings one token is one launch, not hundreds.
+"""Decoding on a GPU as captured graphs: a step in which sequences bring few tokens is one launch, not hundreds.
 
-A graph has fixed tensors and fixed sizes, so there is one for each bucket of batch size and of context length, captured
-when it is first needed. Rows beyond a step's sequences are padding: they have no keys and write nowhere. All graphs
-read the same input buffers and share one memory pool, as only one of them runs at a time.
+A graph has fixed tensors and fixed sizes, so there is one for each bucket of tokens and of context length, captured
+when it is first needed. It sees each token as a sequence of its own that ends there: a draft that is verified, or a
+short piece of a prompt, needs no other graph. Rows beyond a step's tokens are padding: they have no keys and write
+nowhere. All graphs read the same input buffers and share one memory pool, as only one of them runs at a time.
 """
 
 from bisect import bisect_left
@@ -18,10 +19,11 @@ from rankwise.kernels.backend import use_triton
 Forward = Callable[[Batch], torch.Tensor]
 Run = Callable[[], torch.Tensor]
 SHORTEST = 512  # keys of the smallest bucket of contexts; the others double
+FEW = 8  # tokens of a sequence, on average: each reads the keys before it anew
 
 
 def batch_buckets(most: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24 and so on in steps of 8, up to `most` sequences."""
+    """1, 2, 4, 8, 16, 24 and so on in steps of 8, up to `most` tokens."""
     return [size for size in (1, 2, 4, *range(8, most, 8)) if size < most] + [most]
 
 
@@ -37,7 +39,7 @@ def forward(
     decoder: Decoder,
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
-    most_sequences: int,
+    most_rows: int,
     most_length: int,
     graphs: bool,
 ) -> Forward:
@@ -48,12 +50,12 @@ def forward(
         decoder: weights.
         keys: its cache, as `Decoder.__call__` takes it.
         values: likewise.
-        most_sequences: of a step.
+        most_rows: tokens of a step that is to run as a graph.
         most_length: keys of a sequence.
         graphs: whether they are wanted.
     """
     if graphs and decoder.embed.is_cuda and use_triton(decoder.embed):
-        return Graphs(decoder, keys, values, most_sequences, most_length, Capture(decoder.embed.device))
+        return Graphs(decoder, keys, values, most_rows, most_length, Capture(decoder.embed.device))
     if hostblocks.suits(decoder, keys, values):
         return hostblocks.HostBlocks(decoder, keys, values)
     return lambda batch: decoder(batch, keys, values)
@@ -97,7 +99,7 @@ class Graphs:
         decoder: weights.
         keys: its cache.
         values: likewise.
-        most_sequences: of a step.
+        most_rows: tokens of a step; more run without a graph.
         most_length: keys of a sequence; more run without a graph.
         capture: makes of a function without arguments one that does the same again on whatever the input buffers
             then hold: `Capture` on a GPU. It may return the function itself.
@@ -108,12 +110,12 @@ class Graphs:
         decoder: Decoder,
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
-        most_sequences: int,
+        most_rows: int,
         most_length: int,
         capture: Callable[[Run], Run],
     ) -> None:
         self.decoder, self.keys, self.values, self.capture = decoder, keys, values, capture
-        self.sizes, self.lengths = batch_buckets(most_sequences), context_buckets(most_length)
+        self.sizes, self.lengths = batch_buckets(most_rows), context_buckets(most_length)
         self.graphs: dict[tuple[int, int], Run] = {}
         self.replayed = 0
         device, most = decoder.embed.device, self.sizes[-1]
@@ -139,10 +141,9 @@ class Graphs:
         return logits[:n] if len(batch.last) == n else logits.index_select(0, batch.last)
 
     def bucket(self, batch: Batch) -> tuple[int, int] | None:
-        """Sequences and keys of the smallest graph that holds a step; None where there is none."""
+        """Tokens and keys of the smallest graph that holds a step; None where there is none."""
         n = len(batch.ids)
-        alike = batch.decoding == n == len(batch.contexts)
-        if not alike or n > self.sizes[-1] or batch.longest > self.lengths[-1]:
+        if n > self.sizes[-1] or n > FEW * len(batch.contexts) or batch.longest > self.lengths[-1]:
             return None
         if batch.tables.shape[1] > self.tables.shape[1]:
             return None
@@ -151,12 +152,13 @@ class Graphs:
     def _fill(self, batch: Batch, size: int) -> None:
         """Put a step into the input buffers, and padding after it."""
         n = len(batch.ids)
+        tables, contexts = apart(batch)
         given = (self.ids, batch.ids, 0), (self.positions, batch.positions, 0)
-        for buffer, values, empty in (*given, (self.slots, batch.slots, -1), (self.contexts, batch.contexts, 0)):
+        for buffer, values, empty in (*given, (self.slots, batch.slots, -1), (self.contexts, contexts, 0)):
             buffer[:n].copy_(values)
             if n < size:
                 buffer[n:size].fill_(empty)
-        self.tables[:n, : batch.tables.shape[1]].copy_(batch.tables)
+        self.tables[:n, : tables.shape[1]].copy_(tables)
 
     def _static(self, size: int, length: int) -> Batch:
         """The input buffers as a batch of a bucket's size."""
@@ -171,3 +173,14 @@ class Graphs:
             last=self.rows[:size],
             longest=length,
         )
+
+
+def apart(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables `[T, B]` and contexts `[T]` of a step whose every token is taken for a sequence that ends with it."""
+    n = len(batch.ids)
+    if batch.decoding == n:
+        return batch.tables, batch.contexts
+    rows = torch.arange(n, dtype=torch.int32, device=batch.ids.device)
+    owners = torch.searchsorted(batch.bounds[1:], rows, right=True, out_int32=True)
+    owners = owners.clamp_(max=len(batch.contexts) - 1)  # padding has none
+    return batch.tables.index_select(0, owners), torch.where(batch.slots < 0, 0, batch.positions + 1)

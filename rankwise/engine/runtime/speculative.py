@@ -58,7 +58,7 @@ class Drafter:
         most_tokens: of one pass; a prompt that is longer is read in several steps.
         most_sequences: while more than so many decode, nothing is drafted: together they use the machine as it is.
         most_length: of a sequence.
-        graphs: on a GPU, passes of single tokens run as captured CUDA graphs.
+        graphs: on a GPU, passes of few tokens run as captured CUDA graphs.
 
     Raises:
         RankwiseError: a count below 1.
@@ -80,9 +80,14 @@ class Drafter:
         self.decoder, self.pool, self.tokens = decoder, pool, tokens
         self.most_tokens, self.most_sequences = most_tokens, most_sequences
         self.keys, self.values = make_cache(decoder, pool)
-        self.forward = forward(decoder, self.keys, self.values, most_sequences, most_length, graphs)
+        rows = 2 * most_sequences  # the last token of a draft that stayed has not been read, nor the one after it
+        self.forward = forward(decoder, self.keys, self.values, rows, most_length, graphs)
         self.shadows: dict[Sequence, Sequence] = {}
         self.tally = Tally()
+
+    def rows(self, sequences: int) -> int:
+        """Tokens of a step of the model in which so many sequences decode at most, drafts and all."""
+        return max(sequences, min(sequences, self.most_sequences) * (1 + self.tokens))
 
     @torch.inference_mode()
     def propose(self, shares: list[Share], scheduler: Scheduler) -> list[Share]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafting import make_engine
 from tensors import DEVICE
 
 from rankwise.engine.runtime.batch import Batch, make_batch
@@ -97,6 +98,55 @@ def test_buckets() -> None:
     assert context_buckets(80) == [80]
 
 
+def test_long_pieces_of_prompts_have_no_graph(tiny: Callable[..., Any]) -> None:
+    """Each of their tokens would read all keys before it anew."""
+    graphs = engine(tiny("llama"), graphs=True, most_sequences=40).forward
+    assert isinstance(graphs, Graphs)
+    steps = {counts: make_batch(shares(*counts, length=20), 4, torch.device(DEVICE)) for counts in [(8,), (9,), (1, 9)]}
+    assert [graphs.bucket(step) is None for step in steps.values()] == [False, True, False]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_of_a_draft_are_rows_of_a_graph(tiny: Callable[..., Any], family: str) -> None:
+    """Logits and cache are those of prefill, for windows, too."""
+    plain, running = (engine(tiny(family), graphs=graphs, most_sequences=20) for graphs in (False, True))
+    prompt, place = list(range(2, 23)), list(range(50, 38, -1))
+    for counts in ((20,), (1, 3, 5), (2,), (3, 4)):  # first a prompt but for its last token, for as many sequences
+        steps = []
+        for number, count in enumerate(counts):
+            sequence = Sequence(prompt, GREEDY)
+            sequence.computed = 0 if count == 20 else 20
+            sequence.draft = [] if count == 20 else [(5 + number) * step for step in range(1, count)]
+            sequence.blocks = [*place[:5], *range(12 * number, 12 * number + 4)]  # what is drafted is its own
+            steps.append(Share(sequence, count))
+        batch = make_batch(steps, 4, torch.device(DEVICE))
+        expected = plain.forward(batch)
+        assert len(expected) == (0 if counts == (20,) else sum(counts))
+        torch.testing.assert_close(running.forward(batch), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(running.forward, Graphs)
+    assert running.forward.replayed == 3
+    for ours, theirs in zip((*running.keys, *running.values), (*plain.keys, *plain.values), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SamplingParams(max_tokens=NEW, seed=3, ignore_eos=True)])
+@pytest.mark.parametrize("kind", ["itself", "near"])
+def test_a_draft_and_its_model_run_as_graphs(tiny: Callable[..., Any], kind: str, options: SamplingParams) -> None:
+    wanted = finish(make_engine(tiny, blocks=200), options)
+    running = make_engine(tiny, kind, blocks=200)
+    drafter, met = running.drafter, []
+    assert drafter is not None
+    for holder, rows in ((running, drafter.rows(8)), (drafter, 16)):
+        graphs = Graphs(holder.decoder, holder.keys, holder.values, rows, 128, capture())
+        choose = graphs.bucket
+        graphs.bucket = lambda batch, choose=choose: met.append((len(batch.ids), choose(batch))) or met[-1][1]  # type: ignore[method-assign]
+        holder.forward = graphs
+    assert finish(running, options) == wanted
+    assert drafter.tally.accepted > 0
+    assert all(found is not None for tokens, found in met if tokens <= 8)
+    assert sum(found is not None for _, found in met) > 20
+
+
 def shares(*counts: int, length: int = 9) -> list[Share]:
     found = []
     for count in counts:
@@ -112,8 +162,10 @@ def shares(*counts: int, length: int = 9) -> list[Share]:
         (shares(1), (1, 80)),
         (shares(1, 1, 1), (4, 80)),
         (shares(*[1] * 7), (7, 80)),
-        (shares(1, 2), None),  # a prompt, or a draft
+        (shares(1, 2), (4, 80)),  # a prompt, or a draft
+        (shares(5), (7, 80)),
         (shares(*[1] * 8), None),  # too many
+        (shares(1, 7), None),
         (shares(1, length=81), None),  # too long
     ],
 )
@@ -146,11 +198,13 @@ def test_only_a_gpu_has_graphs(tiny: Callable[..., Any]) -> None:
 @pytest.mark.skipif(DEVICE != "cuda", reason="graphs are captured on a GPU")
 def test_nothing_waits_for_the_gpu_in_a_replay(tiny: Callable[..., Any]) -> None:
     running = engine(tiny("gemma3"), graphs=True)
-    batch = make_batch(shares(1, 1), 4, torch.device(DEVICE))
-    running.forward(batch)
+    batches = [make_batch(shares(*counts), 4, torch.device(DEVICE)) for counts in ((1, 1), (1, 3))]
+    for batch in batches:
+        running.forward(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        running.forward(batch)
+        for batch in batches:
+            running.forward(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
